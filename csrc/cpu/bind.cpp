@@ -1,0 +1,228 @@
+// The Python module siren._cpu. Everything is checked here or in siren/engine.py before a pointer is used.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <mutex>
+
+#include "engine.h"
+
+namespace py = pybind11;
+using namespace siren;
+using namespace siren::cpu;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+const T* expect(const Array<T>& array, const char* name, const std::vector<py::ssize_t>& shape) {
+  bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = array.shape(i) == shape[i];
+  if (!same) throw std::invalid_argument(std::string(name) + " has the wrong shape");
+  return array.data();
+}
+
+void expect_codes(const int64_t* codes, py::ssize_t count, const ModelConfig& config) {
+  for (py::ssize_t i = 0; i < count; ++i)
+    if (codes[i] < 0 || codes[i] >= config.codes) throw std::invalid_argument("a code is outside the codebook");
+}
+
+SamplingSettings settings_of(float temperature, int top_k, float top_p, float guidance) {
+  if (!(temperature >= 0) || top_k < 0 || !(top_p > 0) || !std::isfinite(guidance))
+    throw std::invalid_argument("sampling settings out of range");
+  return {temperature, top_k, top_p, guidance};
+}
+
+ModelConfig config_of(const py::dict& values) {
+  ModelConfig c;
+  const auto number = [&](const char* name) { return values[name].cast<int>(); };
+  c.dim = number("dim");
+  c.heads = number("heads");
+  c.kv_heads = number("kv_heads");
+  c.backbone_blocks = number("backbone_blocks");
+  c.decoder_blocks = number("decoder_blocks");
+  c.hidden = number("hidden");
+  c.prompt_dim = number("prompt_dim");
+  c.codebooks = number("codebooks");
+  c.experts = number("experts");
+  c.codes = number("codes");
+  c.max_frames = number("max_frames");
+  c.max_prompt = number("max_prompt");
+  c.norm_eps = values["norm_eps"].cast<float>();
+  c.conditioning = static_cast<Conditioning>(number("conditioning"));
+  c.learned_start = values["learned_start"].cast<bool>();
+  for (const int size : {c.dim, c.heads, c.kv_heads, c.backbone_blocks, c.hidden, c.prompt_dim, c.codebooks, c.experts, c.codes,
+                         c.max_frames, c.max_prompt})
+    if (size <= 0) throw std::invalid_argument("a size in the configuration is not above 0");
+  if (c.decoder_blocks < 0 || c.dim % c.heads || c.heads % c.kv_heads || c.codebooks % c.experts)
+    throw std::invalid_argument("the configuration's sizes do not divide");
+  return c;
+}
+
+// A session and the lock that keeps two Python threads from stepping it at once.
+struct PySession {
+  Session session;
+  std::mutex turn;
+
+  // Runs `frames` frames, asking Python between them whether to go on. forced [sequences, codebooks, frames] or None;
+  // returns logits [sequences, codebooks, frames, codes] when forced, else None.
+  py::object step(int frames, const py::object& on_frame, const py::object& forced) {
+    const ModelConfig& c = session.engine().config();
+    std::unique_lock<std::mutex> lock(turn, std::defer_lock);
+    {
+      py::gil_scoped_release release;
+      lock.lock();
+    }
+    if (frames < 1) throw std::invalid_argument("frames must be at least 1");
+    if (session.frames() + frames > c.max_frames) throw std::invalid_argument("the session would exceed max_seq_len frames");
+    const int sequences = session.sequences();
+    const size_t codebooks = c.codebooks, width = c.codes;
+    Array<int64_t> wanted;
+    py::array_t<float> logits;
+    std::vector<int64_t> row(sequences * codebooks);
+    std::vector<float> row_logits;
+    if (!forced.is_none()) {
+      wanted = forced.cast<Array<int64_t>>();
+      expect_codes(expect(wanted, "codes", {sequences, c.codebooks, frames}), wanted.size(), c);
+      logits = py::array_t<float>({static_cast<size_t>(sequences), codebooks, static_cast<size_t>(frames), width});
+      row_logits.resize(sequences * codebooks * width);
+    }
+    for (int done = 0; done < frames; ++done) {
+      if (!forced.is_none())
+        for (size_t i = 0; i < row.size(); ++i) row[i] = wanted.data()[i * frames + done];
+      {
+        py::gil_scoped_release release;
+        session.step(forced.is_none() ? nullptr : row.data(), forced.is_none() ? nullptr : row_logits.data());
+      }
+      if (!forced.is_none())
+        for (size_t i = 0; i < row.size(); ++i)
+          std::copy_n(row_logits.data() + i * width, width, logits.mutable_data() + (i * frames + done) * width);
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!on_frame.is_none()) on_frame(done + 1, frames);
+    }
+    return forced.is_none() ? py::object(py::none()) : py::object(logits);
+  }
+
+  void select(const std::vector<int>& indices, const std::vector<uint64_t>& seeds) {
+    std::unique_lock<std::mutex> lock(turn, std::defer_lock);
+    {
+      py::gil_scoped_release release;
+      lock.lock();
+    }
+    if (indices.empty()) throw std::invalid_argument("select needs at least one index");
+    if (!seeds.empty() && seeds.size() != indices.size()) throw std::invalid_argument("select needs one seed for each index");
+    for (const int index : indices)
+      if (index < 0 || index >= session.sequences()) throw std::invalid_argument("select: index out of range");
+    py::gil_scoped_release release;
+    session.select(indices, seeds);
+  }
+
+  // [frame][sequence][codebook] -> [sequence, codebook, frame]
+  template <class T>
+  py::array_t<T> turned(const std::vector<T>& values) const {
+    const size_t sequences = session.sequences(), codebooks = session.engine().config().codebooks, frames = session.frames();
+    py::array_t<T> out({sequences, codebooks, frames});
+    T* data = out.mutable_data();
+    for (size_t t = 0; t < frames; ++t)
+      for (size_t i = 0; i < sequences * codebooks; ++i) data[i * frames + t] = values[t * sequences * codebooks + i];
+    return out;
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Siren's CPU engine. Use it through siren.Sampler.";
+  py::register_exception<BadLogits>(m, "BadLogits", PyExc_RuntimeError);
+  m.def("instruction_path", [] { return std::string(pick_kernels().name); }, "The path an engine made now would take.");
+
+  py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
+      .def(py::init([](const py::dict& config, const std::string& format, int threads) {
+        if (threads < 1 || threads > 256) throw std::invalid_argument("threads must be from 1 to 256");
+        const Format weights = format == "fp32"   ? Format::f32
+                               : format == "bf16" ? Format::bf16
+                               : format == "int8" ? Format::i8
+                                                  : throw std::invalid_argument("weights must be fp32, bf16 or int8");
+        return std::make_shared<Engine>(config_of(config), weights, threads);
+      }))
+      .def("load",
+           [](Engine& engine, int expert, const std::string& name, const Array<float>& values) {
+             if (values.ndim() != 2) throw std::invalid_argument(name + " must have two dimensions");
+             const float* data = values.data();
+             const size_t rows = values.shape(0), cols = values.shape(1);
+             py::gil_scoped_release release;
+             engine.weights.load(expert, name, data, rows, cols);
+           },
+           py::arg("expert"), py::arg("name"), py::arg("values").noconvert())
+      .def("set_positions", [](Engine& engine, const Array<float>& rows) { engine.set_positions(rows.data(), rows.size()); },
+           py::arg("rows").noconvert())
+      .def("check_complete", &Engine::check_complete)
+      .def("start",
+           [](const std::shared_ptr<Engine>& engine, const Array<float>& prompts, const Array<uint8_t>& mask,
+              const std::vector<uint64_t>& seeds, float temperature, int top_k, float top_p, float guidance) {
+             const ModelConfig& c = engine->config();
+             engine->check_complete();
+             if (prompts.ndim() != 3 || prompts.shape(0) < 1 || prompts.shape(1) < 1 || prompts.shape(1) > c.max_prompt)
+               throw std::invalid_argument("prompts has the wrong shape");
+             const int sequences = static_cast<int>(prompts.shape(0)), tokens = static_cast<int>(prompts.shape(1));
+             const float* values = expect(prompts, "prompts", {sequences, tokens, c.prompt_dim});
+             const uint8_t* used = expect(mask, "mask", {sequences, tokens});
+             for (int s = 0; s < sequences; ++s) {
+               bool any = false;
+               for (int p = 0; p < tokens; ++p) any |= used[static_cast<size_t>(s) * tokens + p] != 0;
+               if (!any) throw std::invalid_argument("a mask row has no token");
+             }
+             if (seeds.size() != static_cast<size_t>(sequences)) throw std::invalid_argument("one seed for each sequence");
+             const SamplingSettings settings = settings_of(temperature, top_k, top_p, guidance);
+             py::gil_scoped_release release;
+             return std::shared_ptr<PySession>(new PySession{Session(engine, values, used, sequences, tokens, seeds, settings), {}});
+           },
+           py::arg("prompts").noconvert(), py::arg("mask").noconvert(), py::arg("seeds"), py::arg("temperature"),
+           py::arg("top_k"), py::arg("top_p"), py::arg("guidance"))
+      .def("residual",
+           [](const Engine& engine, const Array<float>& h, const Array<float>& start, const std::vector<uint64_t>& seeds,
+              const Array<int64_t>& frame, float temperature, int top_k, float top_p) {
+             const ModelConfig& c = engine.config();
+             engine.check_complete();
+             const int sequences = static_cast<int>(seeds.size());
+             if (sequences < 1) throw std::invalid_argument("at least one sequence is needed");
+             const float* hidden = expect(h, "h", {c.experts, sequences, c.dim});
+             const float* begin = expect(start, "start", {c.experts, sequences, c.dim});
+             const int64_t* index = expect(frame, "frame", {sequences});
+             const SamplingSettings settings = settings_of(temperature, top_k, top_p, 1.0f);
+             py::array_t<int64_t> codes({sequences, c.codebooks});
+             py::array_t<float> logprobs({sequences, c.codebooks});
+             py::array_t<float> inputs({c.experts, sequences, c.dim});
+             int64_t* code_data = codes.mutable_data();
+             float *logprob_data = logprobs.mutable_data(), *input_data = inputs.mutable_data();
+             {
+               py::gil_scoped_release release;
+               residual_frame(engine, hidden, begin, seeds.data(), index, sequences, settings, code_data, logprob_data, input_data);
+             }
+             return py::make_tuple(codes, logprobs, inputs);
+           },
+           py::arg("h").noconvert(), py::arg("start").noconvert(), py::arg("seeds"), py::arg("frame").noconvert(),
+           py::arg("temperature"), py::arg("top_k"), py::arg("top_p"))
+      .def("describe", [](const Engine& engine) {
+        py::dict d;
+        d["instructions"] = engine.kernels.name;
+        d["threads"] = engine.threads();
+        d["weight_bytes"] = engine.weights.bytes();
+        d["backbone_bytes"] = engine.weights.backbone_bytes();
+        d["decoder_bytes"] = engine.weights.decoder_bytes();
+        d["head_bytes"] = engine.weights.head_bytes();
+        return d;
+      });
+
+  py::class_<PySession, std::shared_ptr<PySession>>(m, "Session")
+      .def("step", &PySession::step, py::arg("frames"), py::arg("on_frame"), py::arg("forced"))
+      .def("select", &PySession::select, py::arg("indices"), py::arg("seeds"))
+      .def_property_readonly("codes", [](const PySession& s) { return s.turned(s.session.codes()); })
+      .def_property_readonly("logprobs", [](const PySession& s) { return s.turned(s.session.logprobs()); })
+      .def_property_readonly("frame", [](const PySession& s) { return s.session.frames(); })
+      .def_property_readonly("batch", [](const PySession& s) { return s.session.sequences(); })
+      .def_property_readonly("cache_bytes", [](const PySession& s) { return s.session.cache_bytes(); });
+}

@@ -1,0 +1,125 @@
+#include "pool.h"
+
+#include <map>
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+namespace siren::cpu {
+namespace {
+
+// Spins first: waking a sleeping thread costs more than a phase of the frame. Yields after a while, for the case of more
+// threads than cores.
+template <class Ready>
+void wait_until(Ready ready) {
+  for (int i = 0; !ready(); ++i) {
+    if (i < 4096) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    } else {
+      sched_yield();
+    }
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<Pool> Pool::get(int threads) {
+  static std::mutex mutex;
+  // Never destroyed: workers must not be joined while the process is being taken down.
+  static auto* pools = new std::map<int, std::shared_ptr<Pool>>();
+  std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Pool>& pool = (*pools)[threads];
+  if (!pool) pool = std::make_shared<Pool>(threads);
+  return pool;
+}
+
+Pool::Pool(int threads) : threads_(threads), arrived_(threads), finished_(threads) {}
+
+Pool::~Pool() {
+  stop_.store(true);
+  {
+    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    wake_.notify_all();
+  }
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::start_workers() {
+  if (process_ == getpid()) return;
+  for (std::thread& worker : workers_) worker.detach();  // of the process that forked this one
+  workers_.clear();
+  process_ = getpid();
+  sleepers_.store(0);
+  for (Flag& flag : arrived_) flag.epoch.store(0);
+#if defined(__linux__)
+  cpu_set_t allowed;
+  std::vector<int> cores;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0)
+    for (int core = 0; core < CPU_SETSIZE; ++core)
+      if (CPU_ISSET(core, &allowed)) cores.push_back(core);
+#endif
+  for (int thread = 1; thread < threads_; ++thread) {
+    workers_.emplace_back(&Pool::work, this, thread, job_.load());
+#if defined(__linux__)
+    // The caller stays where the scheduler puts it; the workers keep to the other cores.
+    if (static_cast<int>(cores.size()) >= threads_) {
+      cpu_set_t one;
+      CPU_ZERO(&one);
+      CPU_SET(cores[thread], &one);
+      pthread_setaffinity_np(workers_.back().native_handle(), sizeof one, &one);
+    }
+#endif
+  }
+}
+
+void Pool::work(int thread, uint32_t seen) {
+  for (;;) {
+    for (int i = 0; job_.load() == seen && !stop_.load(); ++i) {
+      if (i < 20000) {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+        continue;
+      }
+      std::unique_lock<std::mutex> lock(sleep_mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return job_.load() != seen || stop_.load(); });
+      sleepers_.fetch_sub(1);
+    }
+    if (stop_.load()) return;
+    seen = job_.load();
+    function_(context_, thread);
+    finished_[thread].epoch.store(seen, std::memory_order_release);
+  }
+}
+
+void Pool::run(void (*function)(void*, int), void* context) {
+  std::lock_guard<std::mutex> turn(turn_);
+  start_workers();
+  function_ = function;
+  context_ = context;
+  const uint32_t job = job_.fetch_add(1) + 1;
+  if (sleepers_.load() > 0) {
+    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    wake_.notify_all();
+  }
+  function(context, 0);
+  for (int thread = 1; thread < threads_; ++thread)
+    wait_until([&] { return finished_[thread].epoch.load(std::memory_order_acquire) == job; });
+}
+
+void Pool::barrier(int thread) {
+  if (threads_ == 1) return;
+  const uint32_t epoch = arrived_[thread].epoch.load(std::memory_order_relaxed) + 1;
+  arrived_[thread].epoch.store(epoch, std::memory_order_release);
+  for (int other = 0; other < threads_; ++other)
+    wait_until([&] {
+      // Another thread may already be one barrier further.
+      return static_cast<int32_t>(arrived_[other].epoch.load(std::memory_order_acquire) - epoch) >= 0;
+    });
+}
+
+}  // namespace siren::cpu

@@ -1,0 +1,55 @@
+// Threads that run one function together, with a barrier inside it that costs a fraction of a microsecond.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace siren::cpu {
+
+class Pool {
+ public:
+  // One pool for each number of threads in a process, so that several engines take turns instead of fighting for cores.
+  static std::shared_ptr<Pool> get(int threads);
+
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls function(context, thread) for thread 0 (the caller) to threads - 1 and returns when all have ended. The function
+  // must not throw. Callers on several threads wait for one another.
+  void run(void (*function)(void*, int), void* context);
+
+  // Inside run(): returns when every thread has arrived.
+  void barrier(int thread);
+
+ private:
+  struct alignas(64) Flag {
+    std::atomic<uint32_t> epoch{0};
+  };
+
+  void start_workers();
+  void work(int thread, uint32_t seen);
+
+  const int threads_;
+  int process_ = 0;  // that started the workers; a fork leaves them behind
+  std::mutex turn_;
+  void (*function_)(void*, int) = nullptr;
+  void* context_ = nullptr;
+  std::atomic<uint32_t> job_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int> sleepers_{0};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+  std::vector<Flag> arrived_, finished_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace siren::cpu

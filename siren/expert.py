@@ -1,0 +1,259 @@
+"""One expert: a backbone over frames and a residual decoder over the codes of a frame, teacher forced.
+
+Paper, section 4.1: backbone eq. 3, residual decoder eq. 4 and 5, loss eq. 6. Parameter names are those of the
+official stage-1 code, so its files load unchanged. Expert k (0-based) owns the m = codes_per_expert codebooks that
+begin at start_codebook = k * m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import SirenConfig
+from .errors import InputError
+from .layers import BackboneBlock, DecoderBlock, RMSNorm, sinusoidal_positions
+
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+class CodeEmbedding(nn.Module):
+    """One codebook's decode embedding (frozen: codebook, dac_out) and its trainable projector."""
+
+    def __init__(self, config: SirenConfig) -> None:
+        super().__init__()
+        self.codebook = nn.Embedding(config.codebook_size, config.dac_code_dim)
+        self.dac_out = nn.Linear(config.dac_code_dim, config.dac_feature_dim)
+        self.projector = nn.Linear(config.dac_feature_dim, config.dim)
+        self.codebook.requires_grad_(False)
+        self.dac_out.requires_grad_(False)
+
+    def table(self) -> Tensor:
+        """Embeddings of all codes [codebook_size, dim].
+
+        Both maps are linear, so they are folded first: the work is that of codebook_size codes, not of B * T tokens.
+        """
+        weight = self.projector.weight @ self.dac_out.weight
+        bias = self.projector.weight @ self.dac_out.bias + self.projector.bias
+        return self.codebook.weight @ weight.T + bias
+
+
+class CodeEmbeddings(nn.Module):
+    """The embeddings of all codebooks as one expert sees them."""
+
+    def __init__(self, config: SirenConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CodeEmbedding(config) for _ in range(config.num_codebooks))
+
+    def tables(self) -> Tensor:
+        """E_kj(q) for every codebook j and code q: [num_codebooks, codebook_size, dim]."""
+        return torch.stack([layer.table() for layer in self.layers])  # type: ignore[operator]
+
+
+class Expert(nn.Module):
+    """Predicts the codebooks start_codebook .. start_codebook + codes_per_expert - 1 of every frame."""
+
+    def __init__(self, config: SirenConfig, start_codebook: int) -> None:
+        super().__init__()
+        if start_codebook not in range(0, config.num_codebooks, config.codes_per_expert):
+            raise InputError(
+                f"start_codebook must be a multiple of {config.codes_per_expert} below {config.num_codebooks}, "
+                f"not {start_codebook!r}"
+            )
+        self.config = config
+        self.start_codebook = start_codebook
+        self.codebooks = CodeEmbeddings(config)
+        self.sos = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.spatial_blocks = nn.ModuleList(BackboneBlock(config) for _ in range(config.spatial_layers))
+        self.spatial_norm = RMSNorm(config.dim, config.norm_eps)
+        if config.factorized_layers:
+            if config.decoder_start == "prompt":
+                self.prompt_summary = nn.Linear(config.prompt_dim, config.dim)
+            else:
+                self.start = nn.Parameter(torch.empty(1, 1, config.dim))
+            self.factorized_norm = RMSNorm(config.dim, config.norm_eps)
+        self.factorized_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.factorized_layers))
+        self.heads = nn.ModuleList(
+            nn.Linear(config.dim, config.codebook_size, bias=False) for _ in range(config.codes_per_expert)
+        )
+        self.apply(self._initialize)
+        for name, parameter in self.named_parameters(recurse=False):  # sos, and start where it is learned
+            nn.init.normal_(parameter, std=config.initializer_range)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def tables(self) -> Tensor:
+        """Folded code embeddings [num_codebooks, codebook_size, dim], differentiable in the projectors."""
+        return self.codebooks.tables()
+
+    @torch.no_grad()
+    def set_decode_embeddings(self, embeddings: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Take over a codec's frozen decode embeddings.
+
+        One triple a codebook: codebook [codebook_size, dac_code_dim], out-projection weight
+        [dac_feature_dim, dac_code_dim] and bias [dac_feature_dim], so that code q stands for weight @ codebook[q] + bias.
+        """
+        if len(embeddings) != self.config.num_codebooks:
+            raise InputError(f"expected {self.config.num_codebooks} decode embeddings, got {len(embeddings)}")
+        for index, (layer, triple) in enumerate(zip(self.codebooks.layers, embeddings)):
+            names = ("codebook.weight", "dac_out.weight", "dac_out.bias")
+            for name, source in zip(names, triple):
+                target = layer.get_parameter(name)
+                if source.shape != target.shape or not bool(torch.isfinite(source).all()):
+                    raise InputError(
+                        f"decode embedding {index}, {name}: expected finite values of shape {tuple(target.shape)}, "
+                        f"got shape {tuple(source.shape)}"
+                    )
+            for name, source in zip(names, triple):
+                layer.get_parameter(name).copy_(source)
+
+    def decoder_start(self, prompt: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
+        """The vector s_k that the residual decoder's conditions are added to: [B, 1, dim].
+
+        prompt [B, P, prompt_dim]; the official code projects its masked mean, the paper (eq. 5) learns one vector.
+        """
+        if self.config.decoder_start == "learned":
+            return self.start.expand(prompt.shape[0], -1, -1)
+        if prompt_mask is None:
+            return self.prompt_summary(prompt.mean(dim=1, keepdim=True))
+        weight = prompt_mask.unsqueeze(-1).to(prompt.dtype)
+        return self.prompt_summary((prompt * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True))
+
+    def forward(
+        self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None = None, sequence_mask: Tensor | None = None
+    ) -> Tensor:
+        """Teacher-forced logits [B, codes_per_expert, T, codebook_size]; frame t sees the codes of frames < t.
+
+        codes [B, num_codebooks, T] integers; prompt [B, P, prompt_dim]; prompt_mask [B, P] and sequence_mask [B, T]
+        bool, True = token or frame. Raises InputError where an argument does not fit.
+        """
+        check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
+        return self.logits(codes, prompt, prompt_mask, sequence_mask)
+
+    def logits(
+        self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None
+    ) -> Tensor:
+        """`forward` after its checks."""
+        prompt = prompt.to(self.sos.dtype)
+        if prompt_mask is not None:
+            prompt = prompt.masked_fill(~prompt_mask.unsqueeze(-1), 0)  # padding may hold anything, even NaN
+        tables = self.tables()
+        hidden = self._backbone(codes, tables, prompt, prompt_mask, sequence_mask)
+        if not self.config.factorized_layers:
+            return torch.stack([head(hidden) for head in self.heads], dim=1)
+        return self._residual_decoder(hidden, codes, tables, self.decoder_start(prompt, prompt_mask))
+
+    def _backbone(
+        self, codes: Tensor, tables: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None
+    ) -> Tensor:
+        batch, _, frames = codes.shape
+        previous = _sum_codes(tables, codes[:, :, :-1])
+        x = torch.cat((self.sos.expand(batch, -1, -1), previous), dim=1)
+        positions = sinusoidal_positions(frames, self.config.dim, x.device).to(x.dtype)
+        cross_mask = None if prompt_mask is None else prompt_mask[:, None, None, :]
+        causal_mask = None if sequence_mask is None else _causal_mask(sequence_mask)
+        for block in self.spatial_blocks:
+            x = block(x + positions, prompt, cross_mask, causal_mask)
+        return self.spatial_norm(x)
+
+    def _residual_decoder(self, hidden: Tensor, codes: Tensor, tables: Tensor, start: Tensor) -> Tensor:
+        """hidden [B, T, dim], start [B, 1, dim] -> logits [B, m, T, V] from the m + 1 positions of each frame."""
+        batch, frames, dim = hidden.shape
+        first, count = self.start_codebook, self.config.codes_per_expert
+        start = start.expand(-1, frames, -1)
+        rows = [hidden]
+        condition: Tensor | None = None  # what position 1 + i knows of the present frame (eq. 5)
+        if self.config.conditioning == "accumulated" and first:
+            condition = _sum_codes(tables, codes[:, :first])
+        for codebook in range(first, first + count):
+            if self.config.conditioning == "residual" and codebook:
+                condition = F.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
+            elif self.config.conditioning == "accumulated" and codebook > first:
+                embedded = F.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
+                condition = embedded if condition is None else condition + embedded
+            rows.append(start if condition is None else start + condition)
+        x = torch.stack(rows, dim=2).view(batch * frames, count + 1, dim)
+        positions = sinusoidal_positions(count + 1, dim, x.device).to(x.dtype)
+        for block in self.factorized_blocks:
+            x = block(x + positions)
+        x = self.factorized_norm(x[:, 1:]).view(batch, frames, count, dim)
+        return torch.stack([head(x[:, :, i]) for i, head in enumerate(self.heads)], dim=1)
+
+    def loss(
+        self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None = None, sequence_mask: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy of each owned codebook [codes_per_expert], a mean over the frames of sequence_mask (eq. 6)."""
+        logits = self(codes, prompt, prompt_mask, sequence_mask).float()
+        count = self.config.codes_per_expert
+        targets = codes[:, self.start_codebook : self.start_codebook + count].long()
+        losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
+        if sequence_mask is None:
+            return losses.mean(dim=(0, 2))
+        return (losses * sequence_mask.unsqueeze(1)).sum(dim=(0, 2)) / sequence_mask.sum()
+
+
+def _sum_codes(tables: Tensor, codes: Tensor) -> Tensor:
+    """Sum over codebooks of the codes' embeddings: tables [>= n, V, dim], codes [B, n, T] -> [B, T, dim]."""
+    _, size, dim = tables.shape
+    batch, count, frames = codes.shape
+    offsets = torch.arange(count, device=codes.device) * size
+    rows = (codes.transpose(1, 2).long() + offsets).reshape(batch * frames, count)
+    return F.embedding_bag(rows, tables.view(-1, dim), mode="sum").view(batch, frames, dim)
+
+
+def _causal_mask(sequence_mask: Tensor) -> Tensor:
+    """[B, T] -> [B, 1, T, T]: a frame sees itself and earlier frames, except those outside the sequence."""
+    frames = sequence_mask.shape[1]
+    causal = torch.ones(frames, frames, dtype=torch.bool, device=sequence_mask.device).tril()
+    allowed = causal & sequence_mask[:, None, :]
+    # A frame before the first valid one would see nothing: let it see everything, so that it stays finite.
+    return (allowed | ~allowed.any(-1, keepdim=True)).unsqueeze(1)
+
+
+def check_inputs(
+    config: SirenConfig,
+    parameter: Tensor,
+    codes: Tensor,
+    prompt: Tensor,
+    prompt_mask: Tensor | None,
+    sequence_mask: Tensor | None,
+) -> None:
+    """Raise InputError unless the arguments of a teacher-forced forward fit the config and the parameters' device."""
+    if codes.ndim != 3 or codes.shape[1] != config.num_codebooks or not codes.shape[0] or not codes.shape[2]:
+        raise InputError(f"codes must have shape [batch, {config.num_codebooks}, frames], got {tuple(codes.shape)}")
+    if codes.dtype not in _INTEGERS:
+        raise InputError(f"codes must be integers, not {codes.dtype}")
+    batch, _, frames = codes.shape
+    if frames > config.max_seq_len:
+        raise InputError(f"codes have {frames} frames; max_seq_len is {config.max_seq_len}")
+    if prompt.ndim != 3 or prompt.shape[0] != batch or prompt.shape[2] != config.prompt_dim or not prompt.shape[1]:
+        raise InputError(
+            f"prompt must have shape [{batch}, tokens, {config.prompt_dim}] for these codes, got {tuple(prompt.shape)}"
+        )
+    if prompt.shape[1] > config.max_prompt_len:
+        raise InputError(f"prompt has {prompt.shape[1]} tokens; max_prompt_len is {config.max_prompt_len}")
+    if not prompt.is_floating_point():
+        raise InputError(f"prompt must be floating point, not {prompt.dtype}")
+    masks = (("prompt_mask", prompt_mask, prompt.shape[1]), ("sequence_mask", sequence_mask, frames))
+    for name, tensor in (("codes", codes), ("prompt", prompt), *(mask[:2] for mask in masks)):
+        if tensor is not None and tensor.device != parameter.device:
+            raise InputError(f"{name} is on {tensor.device} and the model on {parameter.device}: move one of them")
+    for name, mask, length in masks:
+        if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
+            raise InputError(f"{name} must be bool of shape [{batch}, {length}], got {mask.dtype} {tuple(mask.shape)}")
+    if torch.compiler.is_compiling():
+        return  # the checks below look at values and would split the graph
+    low, high = (int(value) for value in torch.aminmax(codes))
+    if low < 0 or high >= config.codebook_size:
+        raise InputError(f"codes must be from 0 to {config.codebook_size - 1}, got {low if low < 0 else high}")
+    for name, mask, _ in masks:
+        if mask is not None and not bool(mask.any(dim=1).all()):
+            row = int((~mask.any(dim=1)).nonzero()[0])
+            raise InputError(f"{name} of sequence {row} holds no True: every sequence needs at least one")
