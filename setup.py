@@ -35,7 +35,7 @@ if X86:
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
 OPTIMISED = ["-O3"]
-SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer"]
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-DSIREN_POISON=1"]
 
 RULES = """\
 ninja_required_version = 1.5

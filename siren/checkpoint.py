@@ -1,9 +1,7 @@
 """Checkpoint folders in the official stage-1 format: manifest.json, config.json, one safetensors file per expert.
 
-Reading trusts nothing: paths may not leave the folder, JSON is bounded, and the hash of an expert is taken over the
-very bytes that are handed out. Saving writes a new folder beside the old one and renames it into place. Three manifest
-keys are ours, optional, and ignored by the official reader: `config_sha256` (a changed `n_heads` or `norm_eps` would
-still load), `codec` (a folder) and `prompt_encoder` (a name or a folder).
+Reading takes the hash of an expert over the very bytes that are handed out. Saving writes a new folder beside the old
+one and renames it into place.
 """
 
 from __future__ import annotations
@@ -11,13 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +21,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import SirenConfig
-from .errors import CheckpointError, ConfigError, InputError, SirenError
+from .errors import CheckpointError, InputError, SirenError
+from .manifest import (
+    JSON_LIMIT,
+    ExpertEntry,
+    Manifest,
+    check_prompt_encoder,
+    parse_json,
+    previous_version,
+    read_manifest,
+)
 
-_JSON_LIMIT = 4 << 20  # bytes; the largest model the config allows needs an eighth of it
+__all__ = ["ExpertEntry", "Manifest", "expected_shapes", "iter_tensors", "read_manifest", "save_checkpoint"]
+
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-
-
-@dataclass(frozen=True)
-class ExpertEntry:
-    """One expert's weights: its first codebook, its safetensors file and the sha256 of that whole file."""
-
-    start_codebook: int
-    path: Path
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A checkpoint folder, read and checked; no weights are loaded yet.
-
-    `experts` are in order of `start_codebook` and cover the config exactly. `codec` is a folder inside the checkpoint.
-    `prompt_encoder` is a name for `PromptEncoder.from_pretrained`, or the absolute path of a folder inside the
-    checkpoint.
-    """
-
-    root: Path
-    config: SirenConfig
-    experts: tuple[ExpertEntry, ...]
-    codec: Path | None
-    prompt_encoder: str | None
 
 
 def expected_shapes(config: SirenConfig) -> dict[str, tuple[int, ...]]:
@@ -93,116 +73,6 @@ def expected_shapes(config: SirenConfig) -> dict[str, tuple[int, ...]]:
             linear("prompt_summary", d, config.prompt_dim)
     shapes.update({f"heads.{i}.weight": (config.codebook_size, d) for i in range(config.codes_per_expert)})
     return shapes
-
-
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check a checkpoint folder (or a manifest file) without loading weights.
-
-    Raises CheckpointError or ConfigError naming the file and the field. If a save was killed between its two renames,
-    the previous version is read instead, with a warning.
-    """
-    path = Path(folder).expanduser()
-    try:
-        if not path.exists() and (_previous(path) / "manifest.json").is_file():
-            warnings.warn(f"{path} is missing after an interrupted save; reading {_previous(path)}", stacklevel=2)
-            path = _previous(path)
-        manifest = path if path.is_file() else path / "manifest.json"
-        root = manifest.parent.resolve(strict=True)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise CheckpointError(f"no checkpoint folder {str(folder)!r}: {error}") from error
-    values = _parse_json(_read_bytes(manifest), str(manifest))
-    version = values.get("format_version")
-    if isinstance(version, bool) or version != 1:
-        raise CheckpointError(f"{manifest}: format_version must be 1, not {version!r}; a newer Siren may read it")
-    config_path = _inside(root, values.get("config"), f"{manifest}: config", ".json")
-    config_bytes = _read_bytes(config_path)
-    if values.get("config_sha256", _sha256(config_bytes)) != _sha256(config_bytes):
-        raise CheckpointError(f"{config_path} was altered; copy it again, or remove config_sha256 from {manifest.name}")
-    try:
-        config = SirenConfig.from_dict(_parse_json(config_bytes, str(config_path)))
-    except ConfigError as error:
-        raise ConfigError(f"{config_path}: {error}") from error
-    codec, prompt_encoder = values.get("codec"), values.get("prompt_encoder")
-    return Manifest(
-        root=root,
-        config=config,
-        experts=_experts(root, manifest, values.get("experts"), config),
-        codec=None if codec is None else _inside(root, codec, f"{manifest}: codec"),
-        prompt_encoder=None if prompt_encoder is None else _prompt_encoder(root, manifest, prompt_encoder),
-    )
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is not a file")
-        with path.open("rb") as file:
-            return file.read(_JSON_LIMIT + 1)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}; is this a checkpoint folder?") from error
-
-
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    if len(data) > _JSON_LIMIT:
-        raise CheckpointError(f"{where} is larger than {_JSON_LIMIT >> 20} MiB; this is not checkpoint JSON")
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where} must hold a JSON object")
-    return values
-
-
-def _inside(root: Path, value: Any, field: str, suffix: str = "") -> Path:
-    """The real path of a manifest entry: a file with this suffix, or a folder if there is none."""
-    if not isinstance(value, str) or not value:
-        raise CheckpointError(f"{field} must be a relative path, not {value!r}")
-    path = Path(value)
-    wrong_kind = bool(suffix) and path.suffix.lower() != suffix
-    if path.is_absolute() or ".." in path.parts or "://" in value or "\\" in value or wrong_kind:
-        raise CheckpointError(f"{field} must be a relative {suffix or 'folder'} path inside the folder, not {value!r}")
-    try:
-        real = (root / path).resolve(strict=True)
-        kind = real.is_file() if suffix else real.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{field}: {value!r} is missing or unreadable; the checkpoint is incomplete") from error
-    if not real.is_relative_to(root):
-        raise CheckpointError(f"{field}: {value!r} is a link that leaves the folder; replace it with the file itself")
-    if not kind:
-        raise CheckpointError(f"{field}: {value!r} is not a {'file' if suffix else 'folder'}")
-    return real
-
-
-def _experts(root: Path, manifest: Path, values: Any, config: SirenConfig) -> tuple[ExpertEntry, ...]:
-    if not isinstance(values, list):
-        raise CheckpointError(f"{manifest}: experts must be a list")
-    wanted = range(0, config.num_codebooks, config.codes_per_expert)
-    entries: dict[int, ExpertEntry] = {}
-    for i, value in enumerate(values):
-        field = f"{manifest}: experts[{i}]"
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{field} must be an object with start_codebook, weights and sha256")
-        start, digest = value.get("start_codebook"), value.get("sha256")
-        if isinstance(start, bool) or not isinstance(start, int) or start not in wanted:
-            raise CheckpointError(f"{field}.start_codebook must be one of {list(wanted)}, not {start!r}")
-        if start in entries:
-            raise CheckpointError(f"{field}.start_codebook {start} appears twice")
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-fA-F]{64}", digest):
-            raise CheckpointError(f"{field}.sha256 must be 64 hexadecimal digits, not {digest!r}")
-        path = _inside(root, value.get("weights"), f"{field}.weights", ".safetensors")
-        entries[start] = ExpertEntry(start, path, digest.lower())
-    missing = sorted(set(wanted) - set(entries))
-    if missing:
-        raise CheckpointError(f"{manifest}: experts has no entry for start_codebook {missing}")
-    return tuple(entries[start] for start in wanted)
-
-
-def _prompt_encoder(root: Path, manifest: Path, value: Any) -> str:
-    field = f"{manifest}: prompt_encoder"
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", value) or ".." in value.split("/"):
-        raise CheckpointError(f"{field} must be a name or a relative folder, not {value!r}")
-    return str(_inside(root, value, field)) if (root / value).exists() else value
 
 
 def iter_tensors(entry: ExpertEntry, config: SirenConfig | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -246,8 +116,8 @@ def _read_header(path: Path, file: str) -> tuple[bytes, dict[str, Any]]:
     """
     with path.open("rb") as stream:
         size = stream.read(8)
-        header = stream.read(min(int.from_bytes(size, "little"), _JSON_LIMIT + 1))
-    specs = _parse_json(header, f"the header of {file}")
+        header = stream.read(min(int.from_bytes(size, "little"), JSON_LIMIT + 1))
+    specs = parse_json(header, f"the header of {file}")
     specs.pop("__metadata__", None)
     for name, spec in specs.items():
         if spec["dtype"] not in _DTYPES:
@@ -288,11 +158,10 @@ def save_checkpoint(
     renames NAME is missing and `read_manifest` and the next save find `.NAME.previous`. A killed save may leave a
     `.NAME.saving-*` folder, which can be deleted. Raises CheckpointError, having removed what it wrote.
     """
-    target = Path(folder).expanduser()
-    temporary: Path | None = None
+    target, temporary = Path(folder), None
     try:
-        target = target.resolve()
-        previous = _previous(target)
+        target = target.expanduser().resolve()
+        previous = previous_version(target)
         if not target.exists() and (previous / "manifest.json").is_file():
             previous.rename(target)
         _check_replaceable(target)
@@ -318,10 +187,6 @@ def save_checkpoint(
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _previous(target: Path) -> Path:
-    return target.parent / f".{target.name}.previous"
 
 
 def _check_replaceable(target: Path) -> None:
@@ -361,6 +226,7 @@ def _write(
         save_file(copies, path)
         path.chmod(config_path.stat().st_mode)  # newer versions of the library write for the owner only
         entries.append({"start_codebook": start, "weights": path.name, "sha256": _sha256_file(path)})
+        del state, copies  # before `experts` makes the next
     wanted = list(range(0, config.num_codebooks, config.codes_per_expert))
     given = [entry["start_codebook"] for entry in entries]
     if sorted(given) != wanted:
@@ -374,7 +240,7 @@ def _write(
         manifest["prompt_encoder"] = "prompt_encoder"
         _copy(Path(prompt_encoder), folder / "prompt_encoder")
     elif prompt_encoder is not None:
-        manifest["prompt_encoder"] = _prompt_encoder(folder, folder / "manifest.json", prompt_encoder)
+        manifest["prompt_encoder"] = check_prompt_encoder(folder, folder / "manifest.json", prompt_encoder)
     for path in folder.rglob("*"):
         _sync(path)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from .descript import load_descript
 from .errors import CheckpointError, InputError
-from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, missing, read_config, read_weights
+from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, missing, move, read_config, read_weights
 
 MAX_SECONDS = 120  # a full-size decoder needs about 35 MB of memory for each second of sound
 _MAX_PEAK = 4.0
@@ -103,10 +103,7 @@ class Codec:
 
     def to(self, device: str | torch.device) -> Codec:
         """Move the weights; returns itself."""
-        try:
-            self.model.to(device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+        move(self.model, device)
         return self
 
     def __repr__(self) -> str:

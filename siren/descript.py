@@ -34,7 +34,7 @@ _WEIGHT_NORM = (
 
 
 def load_descript(source: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
-    """Read a `.pth` path or a `dac.DAC`: (DacConfig values, DacModel state dict in float32 on the CPU, name for errors).
+    """Read a `.pth` path or a `dac.DAC`: DacConfig values, DacModel state dict (float32, CPU), and a name for errors.
 
     Raises CheckpointError if the file is missing, damaged, not Descript's, or holds more than tensors and plain values.
     """

@@ -8,10 +8,10 @@ begin at start_codebook = k * m.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .config import SirenConfig
 from .errors import InputError
@@ -25,10 +25,9 @@ class CodeEmbedding(nn.Module):
 
     def __init__(self, config: SirenConfig) -> None:
         super().__init__()
-        self.codebook = nn.Embedding(config.codebook_size, config.dac_code_dim)
+        self.codebook = nn.Embedding.from_pretrained(torch.empty(config.codebook_size, config.dac_code_dim))
         self.dac_out = nn.Linear(config.dac_code_dim, config.dac_feature_dim)
         self.projector = nn.Linear(config.dac_feature_dim, config.dim)
-        self.codebook.requires_grad_(False)
         self.dac_out.requires_grad_(False)
 
     def table(self) -> Tensor:
@@ -46,11 +45,12 @@ class CodeEmbeddings(nn.Module):
 
     def __init__(self, config: SirenConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(CodeEmbedding(config) for _ in range(config.num_codebooks))
+        layers = nn.ModuleList(CodeEmbedding(config) for _ in range(config.num_codebooks))
+        self.layers = cast(Sequence[CodeEmbedding], layers)
 
     def tables(self) -> Tensor:
         """E_kj(q) for every codebook j and code q: [num_codebooks, codebook_size, dim]."""
-        return torch.stack([layer.table() for layer in self.layers])  # type: ignore[operator]
+        return torch.stack([layer.table() for layer in self.layers])
 
 
 class Expert(nn.Module):
@@ -67,7 +67,9 @@ class Expert(nn.Module):
         self.start_codebook = start_codebook
         self.codebooks = CodeEmbeddings(config)
         self.sos = nn.Parameter(torch.empty(1, 1, config.dim))
-        self.spatial_blocks = nn.ModuleList(BackboneBlock(config) for _ in range(config.spatial_layers))
+        # The casts tell type checkers what a ModuleList holds.
+        backbone = nn.ModuleList(BackboneBlock(config) for _ in range(config.spatial_layers))
+        self.spatial_blocks = cast(Sequence[BackboneBlock], backbone)
         self.spatial_norm = RMSNorm(config.dim, config.norm_eps)
         if config.factorized_layers:
             if config.decoder_start == "prompt":
@@ -75,12 +77,15 @@ class Expert(nn.Module):
             else:
                 self.start = nn.Parameter(torch.empty(1, 1, config.dim))
             self.factorized_norm = RMSNorm(config.dim, config.norm_eps)
-        self.factorized_blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.factorized_layers))
+        decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.factorized_layers))
+        self.factorized_blocks = cast(Sequence[DecoderBlock], decoder)
         self.heads = nn.ModuleList(
             nn.Linear(config.dim, config.codebook_size, bias=False) for _ in range(config.codes_per_expert)
         )
+        if self.sos.is_meta:
+            return  # the weights come from a checkpoint; drawing normals on the meta device takes seconds of imports
         self.apply(self._initialize)
-        for name, parameter in self.named_parameters(recurse=False):  # sos, and start where it is learned
+        for _, parameter in self.named_parameters(recurse=False):  # sos, and start where it is learned
             nn.init.normal_(parameter, std=config.initializer_range)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -97,21 +102,21 @@ class Expert(nn.Module):
     def set_decode_embeddings(self, embeddings: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Take over a codec's frozen decode embeddings.
 
-        One triple a codebook: codebook [codebook_size, dac_code_dim], out-projection weight
-        [dac_feature_dim, dac_code_dim] and bias [dac_feature_dim], so that code q stands for weight @ codebook[q] + bias.
+        One triple a codebook: codebook [codebook_size, dac_code_dim], weight [dac_feature_dim, dac_code_dim] and bias
+        [dac_feature_dim] of its output projection: code q stands for weight @ codebook[q] + bias.
         """
         if len(embeddings) != self.config.num_codebooks:
             raise InputError(f"expected {self.config.num_codebooks} decode embeddings, got {len(embeddings)}")
-        for index, (layer, triple) in enumerate(zip(self.codebooks.layers, embeddings)):
+        for index, (layer, triple) in enumerate(zip(self.codebooks.layers, embeddings, strict=True)):
             names = ("codebook.weight", "dac_out.weight", "dac_out.bias")
-            for name, source in zip(names, triple):
+            for name, source in zip(names, triple, strict=True):
                 target = layer.get_parameter(name)
                 if source.shape != target.shape or not bool(torch.isfinite(source).all()):
                     raise InputError(
                         f"decode embedding {index}, {name}: expected finite values of shape {tuple(target.shape)}, "
                         f"got shape {tuple(source.shape)}"
                     )
-            for name, source in zip(names, triple):
+            for name, source in zip(names, triple, strict=True):
                 layer.get_parameter(name).copy_(source)
 
     def decoder_start(self, prompt: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
@@ -137,9 +142,7 @@ class Expert(nn.Module):
         check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
         return self.logits(codes, prompt, prompt_mask, sequence_mask)
 
-    def logits(
-        self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None
-    ) -> Tensor:
+    def logits(self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None) -> Tensor:
         """`forward` after its checks."""
         prompt = prompt.to(self.sos.dtype)
         if prompt_mask is not None:
@@ -174,9 +177,9 @@ class Expert(nn.Module):
             condition = _sum_codes(tables, codes[:, :first])
         for codebook in range(first, first + count):
             if self.config.conditioning == "residual" and codebook:
-                condition = F.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
+                condition = nn.functional.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
             elif self.config.conditioning == "accumulated" and codebook > first:
-                embedded = F.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
+                embedded = nn.functional.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
                 condition = embedded if condition is None else condition + embedded
             rows.append(start if condition is None else start + condition)
         x = torch.stack(rows, dim=2).view(batch * frames, count + 1, dim)
@@ -190,10 +193,16 @@ class Expert(nn.Module):
         self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None = None, sequence_mask: Tensor | None = None
     ) -> Tensor:
         """Cross-entropy of each owned codebook [codes_per_expert], a mean over the frames of sequence_mask (eq. 6)."""
-        logits = self(codes, prompt, prompt_mask, sequence_mask).float()
-        count = self.config.codes_per_expert
-        targets = codes[:, self.start_codebook : self.start_codebook + count].long()
-        losses = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(targets.shape)
+        check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
+        return self.losses(codes, prompt, prompt_mask, sequence_mask)
+
+    def losses(self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None) -> Tensor:
+        """`loss` after its checks."""
+        logits = self.logits(codes, prompt, prompt_mask, sequence_mask).float()
+        targets = codes[:, self.start_codebook : self.start_codebook + self.config.codes_per_expert].long()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(
+            targets.shape
+        )
         if sequence_mask is None:
             return losses.mean(dim=(0, 2))
         return (losses * sequence_mask.unsqueeze(1)).sum(dim=(0, 2)) / sequence_mask.sum()
@@ -205,7 +214,7 @@ def _sum_codes(tables: Tensor, codes: Tensor) -> Tensor:
     batch, count, frames = codes.shape
     offsets = torch.arange(count, device=codes.device) * size
     rows = (codes.transpose(1, 2).long() + offsets).reshape(batch * frames, count)
-    return F.embedding_bag(rows, tables.view(-1, dim), mode="sum").view(batch, frames, dim)
+    return nn.functional.embedding_bag(rows, tables.view(-1, dim), mode="sum").view(batch, frames, dim)
 
 
 def _causal_mask(sequence_mask: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .config import SirenConfig
 
@@ -24,7 +23,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -38,7 +37,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate_value(x).chunk(2, dim=-1)
-        return self.dropout(self.down(F.silu(gate) * value))
+        return self.dropout(self.down(nn.functional.silu(gate) * value))
 
 
 def attend(
@@ -49,7 +48,7 @@ def attend(
     k and v may have fewer heads than q (grouped-query attention).
     """
     grouped = k.shape[1] < q.shape[1]
-    mixed = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, causal, enable_gqa=grouped)
+    mixed = nn.functional.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, dropout, causal, enable_gqa=grouped)
     return mixed.transpose(1, 2).flatten(2).to(q.dtype)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 
-from .errors import CheckpointError, MissingDependencyError
+from .errors import CheckpointError, InputError, MissingDependencyError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -115,3 +115,11 @@ def check_weights(
         if not bool(torch.isfinite(checked[name]).all()):
             raise CheckpointError(f"{where}: {name} holds NaN or infinity; the model cannot be used")
     return checked
+
+
+def move(model: torch.nn.Module, device: str | torch.device) -> None:
+    """Move a model's weights. Raises InputError for a device that is not there."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error

@@ -42,7 +42,7 @@ def frame_backbone(
     expert: Expert, x: Tensor, position: Tensor, frame: int, past: Cache, prompt: Cache, prompt_mask: Tensor | None
 ) -> Tensor:
     """One frame through an expert's backbone: x [R, 1, d] -> h [R, 1, d]; writes its keys and values into `past`."""
-    for block, (keys, values), (prompt_keys, prompt_values) in zip(expert.spatial_blocks, past, prompt):
+    for block, (keys, values), (prompt_keys, prompt_values) in zip(expert.spatial_blocks, past, prompt, strict=True):
         x = x + position
         q = block.cross_attention.queries(block.cross_norm(x))
         x = x + block.cross_attention.output(attend(q, prompt_keys, prompt_values, prompt_mask))
@@ -55,9 +55,9 @@ def frame_backbone(
 
 
 def decoder_positions(expert: Expert, x: Tensor, positions: Tensor, first: int, past: Cache) -> Tensor:
-    """Positions first .. first + n - 1 of a frame through the residual decoder: x [R, n, d] -> the last one's [R, d]."""
+    """Positions first .. first + n - 1 through the residual decoder: x [R, n, d] -> the last one's output [R, d]."""
     end = first + x.shape[1]
-    for block, (keys, values) in zip(expert.factorized_blocks, past):
+    for block, (keys, values) in zip(expert.factorized_blocks, past, strict=True):
         x = x + positions[first:end]
         q, k, v = block.attention.project(block.attention_norm(x))
         keys[:, :, first:end] = k
@@ -314,8 +314,8 @@ class ReferenceState:
         return torch.stack(logits, dim=2).cpu()
 
     @torch.inference_mode()
-    def select(self, indices: list[int]) -> None:
-        """Keep, repeat or drop sequences. Their seeds go with them."""
+    def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
+        """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
         rows = indices + [self.batch + index for index in indices] if self.settings.guided else indices
         index = torch.tensor(rows, device=self.decoder.device)
         self.past = [[(k[index], v[index]) for k, v in cache] for cache in self.past]
@@ -323,7 +323,7 @@ class ReferenceState:
         self.prompt_mask = None if self.prompt_mask is None else self.prompt_mask[index]
         self.start = self.start[:, index]
         self.inputs = None if self.inputs is None else self.inputs[:, index[: len(indices)]]
-        self.seeds = self.seeds[indices]
+        self.seeds = self.seeds[indices] if seeds is None else seeds
         self._codes, self._logprobs = self._codes[indices], self._logprobs[indices]
         self.batch, self.rows = len(indices), len(rows)
 
@@ -332,7 +332,7 @@ class ReferenceState:
         hidden = []
         for k, expert in enumerate(decoder.experts):
             if self.inputs is None:
-                x = expert.sos.expand(self.rows, -1, -1)
+                x = expert.sos.repeat(self.rows, 1, 1)
             else:
                 x = self.inputs[k].to(decoder.dtype).repeat(self.rows // self.batch, 1).unsqueeze(1)
             position, past = self.positions[frame], self.past[k]
@@ -352,8 +352,9 @@ class ReferenceState:
         self.capacity = max(frames, 2 * self.capacity)
         for past in self.past:
             for i, old in enumerate(past):
-                past[i] = decoder.new_cache(self.rows, self.capacity)
-                for grown, cache in zip(past[i], old):
+                # One spare frame: torch.compile would make a special case of a cache that is read to its end.
+                past[i] = decoder.new_cache(self.rows, self.capacity + 1)
+                for grown, cache in zip(past[i], old, strict=True):
                     grown[:, :, :used] = cache[:, :, :used]
         shape = (self.batch, decoder.config.num_codebooks, self.capacity)
         codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
@@ -376,7 +377,7 @@ def _distinct_prompts(prompt: Tensor, prompt_mask: Tensor, guided: bool) -> tupl
         tokens, mask = torch.cat((tokens, torch.zeros_like(tokens[:1]))), torch.cat((mask, null))
     tokens, mask = (tensor[:, : int(mask.any(dim=0).nonzero()[-1]) + 1] for tensor in (tokens, mask))
     seen: dict[bytes, int] = {}
-    keys = (row.numpy().tobytes() + valid.numpy().tobytes() for row, valid in zip(tokens, mask))
+    keys = (row.numpy().tobytes() + valid.numpy().tobytes() for row, valid in zip(tokens, mask, strict=True))
     index = torch.tensor([seen.setdefault(key, len(seen)) for key in keys])
     first = torch.tensor([int((index == i).nonzero()[0]) for i in range(len(seen))])
     if guided:

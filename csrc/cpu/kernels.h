@@ -87,6 +87,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* out);
   void (*attend)(const AttendArgs&);
   void (*add_row)(float* sum, const uint8_t* row, Format format, int n);
+  uint64_t (*read)(const uint8_t* data, size_t bytes);  // touches every byte and little else: the bandwidth to compare with
 };
 
 SIREN_INLINE size_t chunk_bytes(Format kv, int page, int head_dim) {
@@ -98,8 +99,9 @@ void write_kv(Format kv, uint8_t* chunk, int page, int position, int head_dim, c
 
 uint16_t to_bf16(float value);
 
-// Packs `rows` x `cols` floats (row-major). Rounds to bf16 or int8 as the matrix says.
-void pack(const Matrix& matrix, const float* source);
+// Packs these blocks of `rows` x `cols` floats (row-major), rounded to bf16 or int8 as the matrix says. Padding is left
+// as it is: zero, in memory fresh from the system.
+void pack(const Matrix& matrix, const float* source, int block_begin, int block_end);
 
 // The path named by SIREN_CPU_ISA, else the best this CPU has. Throws std::invalid_argument when it cannot run here.
 const Kernels& pick_kernels();

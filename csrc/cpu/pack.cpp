@@ -1,4 +1,5 @@
 // Weights and cached keys and values, into the layouts of kernels.h.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -29,29 +30,34 @@ int source_row(const Matrix& m, int block, int lane) {
 
 }  // namespace
 
-void pack(const Matrix& m, const float* source) {
-  std::vector<float> row(m.depth);
-  for (int block = 0; block < m.blocks; ++block) {
-    uint8_t* out = m.data + m.block_bytes() * block;
+void pack(const Matrix& m, const float* source, int block_begin, int block_end) {
+  const std::vector<float> zeros(m.cols, 0.0f);
+  for (int block = block_begin; block < block_end; ++block) {
+    const float* rows[kRowBlock];
+    float scales[kRowBlock];
     for (int lane = 0; lane < kRowBlock; ++lane) {
       const int from = source_row(m, block, lane);
-      std::fill(row.begin(), row.end(), 0.0f);
-      if (from >= 0) std::memcpy(row.data(), source + static_cast<size_t>(from) * m.cols, m.cols * sizeof(float));
-      if (m.format == Format::f32) {
-        for (int k = 0; k < m.depth; ++k) std::memcpy(out + (static_cast<size_t>(k) * kRowBlock + lane) * 4, &row[k], 4);
-      } else if (m.format == Format::bf16) {
-        for (int k = 0; k < m.depth; ++k) {
-          const uint16_t value = to_bf16(row[k]);
-          std::memcpy(out + ((static_cast<size_t>(k / 2) * kRowBlock + lane) * 2 + k % 2) * 2, &value, 2);
+      rows[lane] = from < 0 ? zeros.data() : source + static_cast<size_t>(from) * m.cols;
+      if (m.format != Format::i8) continue;
+      float largest = 0;
+      for (int k = 0; k < m.cols; ++k) largest = std::max(largest, std::fabs(rows[lane][k]));
+      scales[lane] = m.scale[block * kRowBlock + lane] = largest > 0 ? largest / 127.0f : 1.0f;
+    }
+    // Columns outside, rows inside: the packed side, written in order, is the larger stream.
+    uint8_t* out = m.data + m.block_bytes() * block;
+    for (int k = 0; k < m.cols; ++k) {
+      for (int lane = 0; lane < kRowBlock; ++lane) {
+        const float value = rows[lane][k];
+        if (m.format == Format::f32) {
+          std::memcpy(out + (static_cast<size_t>(k) * kRowBlock + lane) * 4, &value, 4);
+          continue;
         }
-      } else {
-        float largest = 0;
-        for (int k = 0; k < m.cols; ++k) largest = std::max(largest, std::fabs(row[k]));
-        const float scale = largest > 0 ? largest / 127.0f : 1.0f;
-        m.scale[block * kRowBlock + lane] = scale;
-        for (int k = 0; k < m.depth; ++k) {
-          const int8_t value = static_cast<int8_t>(std::nearbyint(row[k] / scale));
-          out[(static_cast<size_t>(k / 2) * kRowBlock + lane) * 2 + k % 2] = static_cast<uint8_t>(value);
+        const size_t at = (static_cast<size_t>(k / 2) * kRowBlock + lane) * 2 + k % 2;
+        if (m.format == Format::bf16) {
+          const uint16_t rounded = to_bf16(value);
+          std::memcpy(out + at * 2, &rounded, 2);
+        } else {
+          out[at] = static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(value / scales[lane])));
         }
       }
     }

@@ -209,17 +209,7 @@ void residual_frame(const Engine& engine, const float* h, const float* start, co
     starts[r] = start + r * config.dim;
   }
   const Frame frame{padded.floats(), starts.data(), seeds, index, nullptr, sums.floats(), codes, logprobs, nullptr};
-  struct Call {
-    Residual& residual;
-    const Frame& frame;
-    Workspace& work;
-  } call{residual, frame, work};
-  engine.pool->run(
-      [](void* context, int thread) {
-        Call& c = *static_cast<Call*>(context);
-        c.residual.run(c.frame, c.work, thread);
-      },
-      &call);
+  run_on(*engine.pool, [&](int thread) { residual.run(frame, work, thread); });
   residual.check();
   for (size_t r = 0; r < rows; ++r)
     std::memcpy(inputs + r * config.dim, sums.floats() + r * work.dim_stride, config.dim * sizeof(float));

@@ -10,11 +10,6 @@ namespace {
 
 constexpr int kPromptRows = 64;  // prompt tokens that go through the weights together
 
-template <class F>
-void run_on(Pool& pool, F body) {
-  pool.run([](void* context, int thread) { (*static_cast<F*>(context))(thread); }, &body);
-}
-
 }  // namespace
 
 Session::Session(std::shared_ptr<const Engine> engine, const float* prompts, const uint8_t* mask, int sequences, int tokens,

@@ -1,12 +1,13 @@
 #include "weights.h"
 
-#include <cmath>
 #include <cstring>
 #include <functional>
 #include <new>
 #include <stdexcept>
 
 #include <sys/mman.h>
+
+#include "split.h"
 
 namespace siren::cpu {
 
@@ -23,6 +24,31 @@ Buffer::Buffer(size_t bytes) : bytes_(bytes) {
 Buffer::~Buffer() {
   if (data_) munmap(data_, bytes_);
 }
+
+namespace {
+
+bool all_finite(const float* values, size_t count) {
+  uint32_t bad = 0;
+  for (size_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, 4);
+    bad |= (bits & 0x7f800000u) == 0x7f800000u;  // written so that compilers vectorise it
+  }
+  return bad == 0;
+}
+
+void store_row(uint8_t* out, const float* values, size_t count, Format format) {
+  if (format == Format::f32) {
+    std::memcpy(out, values, count * sizeof(float));
+    return;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const uint16_t value = to_bf16(values[i]);
+    std::memcpy(out + i * 2, &value, 2);
+  }
+}
+
+}  // namespace
 
 Weights::Weights(const ModelConfig& model, Format weight_format)
     : config(model), format(weight_format), table_format(weight_format == Format::f32 ? Format::f32 : Format::bf16) {
@@ -154,7 +180,7 @@ void Weights::plan() {
   lay_out();
 }
 
-void Weights::load(int expert, const std::string& name, const float* source, size_t rows, size_t cols) {
+void Weights::load(int expert, const std::string& name, const float* source, size_t rows, size_t cols, Pool& pool) {
   const std::string where = "expert " + std::to_string(expert) + ": " + name;
   const auto found = slots_.find({expert, name});
   if (found == slots_.end()) throw std::invalid_argument(where + " is not a tensor of this model");
@@ -162,24 +188,20 @@ void Weights::load(int expert, const std::string& name, const float* source, siz
   if (rows != slot.rows || cols != slot.cols)
     throw std::invalid_argument(where + " has shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "], not [" +
                                 std::to_string(slot.rows) + ", " + std::to_string(slot.cols) + "]");
-  const size_t count = rows * cols;
-  for (size_t i = 0; i < count; ++i)
-    if (!std::isfinite(source[i])) throw std::invalid_argument(where + " holds a value that is not finite");
-  if (slot.table) {
-    for (size_t i = 0; i < count; ++i) {
-      if (table_format == Format::f32) {
-        std::memcpy(slot.table + i * 4, source + i, 4);
-      } else {
-        const uint16_t value = to_bf16(source[i]);
-        std::memcpy(slot.table + i * 2, &value, 2);
-      }
-    }
-  } else if (slot.vector) {
-    std::memcpy(slot.vector, source, count * sizeof(float));
-  } else if (slot.bias) {
-    std::memcpy(slot.matrix->bias, source, count * sizeof(float));
+  if (!all_finite(source, rows * cols)) throw std::invalid_argument(where + " holds a value that is not finite");
+  if (slot.vector || slot.bias) {
+    std::memcpy(slot.vector ? slot.vector : slot.matrix->bias, source, rows * cols * sizeof(float));
   } else {
-    pack(*slot.matrix, source);
+    run_on(pool, [&](int thread) {
+      if (slot.table) {
+        split(static_cast<int>(rows), pool.threads(), thread, [&](int row) {
+          store_row(slot.table + row * cols * weight_size(table_format), source + row * cols, cols, table_format);
+        });
+      } else {
+        const int blocks = slot.matrix->blocks;
+        pack(*slot.matrix, source, blocks * thread / pool.threads(), blocks * (thread + 1) / pool.threads());
+      }
+    });
   }
   slot.loaded = true;
 }

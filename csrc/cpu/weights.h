@@ -10,6 +10,7 @@
 
 #include "../model.h"
 #include "kernels.h"
+#include "pool.h"
 
 namespace siren::cpu {
 
@@ -56,7 +57,7 @@ class Weights {
 
   // `name` as in the checkpoint, but "codebooks.layers.{j}.table" [codes, dim] for a folded embedding table. Throws
   // std::invalid_argument for an unknown name, a wrong number of elements or a value that is not finite.
-  void load(int expert, const std::string& name, const float* source, size_t rows, size_t cols);
+  void load(int expert, const std::string& name, const float* source, size_t rows, size_t cols, Pool& pool);
 
   // Names not loaded yet, as "expert 0: sos".
   std::vector<std::string> missing() const;

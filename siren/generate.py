@@ -1,0 +1,185 @@
+"""Text to sound: prompts through the text encoder, codes from the sampler, sound from the codec.
+
+Left out: reranking of several candidates, and streaming sound; `siren.Session` streams codes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .audio import Audio
+from .codec import MAX_SECONDS, Codec
+from .config import SirenConfig
+from .errors import InputError
+from .sampler import Sampler
+from .sampling import SamplingSettings, expand_seeds
+from .text import PromptEncoder
+
+MAX_BATCH = 64  # sequences decoded together; seeds make the result the same however they are grouped
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: str | Sequence[str],
+    seconds: float = 6.0,
+    seed: int | Sequence[int] = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance_scale: float = 1.0,
+    num_return_sequences: int = 1,
+    progress: bool = True,
+    on_frame: Callable[[int, int], None] | None = None,
+    codec: Codec | str | Path | None = None,
+    encoder: PromptEncoder | str | Path | None = None,
+    backend: str = "auto",
+    weights: str = "bf16",
+    threads: int | None = None,
+) -> Audio:
+    """One clip of `seconds` for each prompt, or `num_return_sequences` for each, those of one prompt side by side.
+
+    `model` is a `siren.Siren`, whose sampler is made at the first call with `backend`, `weights` and `threads` and kept
+    until its parameters change, or a `siren.Sampler`. `codec` and `encoder` default to those the checkpoint carries or
+    names. An integer seed s gives clip i the seed s + i, a list gives one for each clip. `progress` shows a bar on
+    stderr; on_frame(done, total) is called after each frame. Raises InputError before anything is sampled.
+    """
+    if isinstance(num_return_sequences, bool) or not isinstance(num_return_sequences, int) or num_return_sequences < 1:
+        raise InputError(f"num_return_sequences must be a whole number from 1, not {num_return_sequences!r}")
+    SamplingSettings(temperature, top_k, top_p, guidance_scale)
+    codec, encoder = _codec(model, codec), _encoder(model, encoder)
+    frames = check_request(model.config, codec, encoder, prompts, seconds)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    seeds = expand_seeds(seed, len(texts) * num_return_sequences).tolist()
+    sampler = _sampler(model, backend, weights, threads)
+
+    prompt, mask = encoder(texts, model.config.max_prompt_len)
+    prompt, mask = (t.repeat_interleave(num_return_sequences, dim=0).cpu() for t in (prompt, mask))
+    total = frames * -(-len(seeds) // MAX_BATCH)
+    parts = []
+    with _Progress(total, progress, on_frame) as tick:
+        for first in range(0, len(seeds), MAX_BATCH):
+            rows = slice(first, first + MAX_BATCH)
+            session = sampler.start(
+                prompt[rows],
+                mask[rows],
+                seed=seeds[rows],
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                guidance_scale=guidance_scale,
+            )
+            session.step(frames, on_frame=tick)
+            parts.append((session.codes, session.logprobs))
+    codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    waveform = codec.decode(codes.to(codec.device)).cpu()
+    names = [text for text in texts for _ in range(num_return_sequences)]
+    return Audio(waveform, codec.sample_rate, codes, logprobs, names)
+
+
+def check_request(
+    config: SirenConfig, codec: Codec, encoder: PromptEncoder, prompts: str | Sequence[str], seconds: float
+) -> int:
+    """The number of frames of a clip, once codec, encoder, prompts and length fit the model; else InputError.
+
+    Needs no weights, so it can come before they are loaded.
+    """
+    if (codec.num_codebooks, codec.codebook_size) != (config.num_codebooks, config.codebook_size):
+        raise InputError(
+            f"the codec has {codec.num_codebooks} codebooks of {codec.codebook_size} codes and the model needs "
+            f"{config.num_codebooks} of {config.codebook_size}: pass the codec the model was trained with"
+        )
+    if encoder.dim != config.prompt_dim:
+        raise InputError(
+            f"the prompt encoder {encoder.name!r} gives vectors of {encoder.dim} values and the model needs "
+            f"{config.prompt_dim}: pass the encoder the model was trained with"
+        )
+    rate = codec.sample_rate / codec.hop_length  # frames a second
+    shortest, longest = 1 / rate, min(config.max_seq_len / rate, MAX_SECONDS)
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not shortest <= seconds <= longest:
+        raise InputError(f"seconds must be a number from {shortest:g} to {longest:g} for this model, not {seconds!r}")
+    encoder.tokenize(prompts, config.max_prompt_len)
+    return round(float(seconds) * rate)
+
+
+class _Kept:
+    """What a model keeps between calls of generate. It is left behind when the model is copied or pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.parts: dict[str, tuple[object, Any]] = {}
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+    def get(self, part: str, key: object, make: Callable[[], Any]) -> Any:
+        with self.lock:
+            if part not in self.parts or self.parts[part][0] != key:
+                self.parts.pop(part, None)  # the old one's memory is free before the new one is made
+                self.parts[part] = (key, make())
+            return self.parts[part][1]
+
+
+def _kept(model: Any) -> _Kept:
+    kept: _Kept = model.__dict__.setdefault("_kept_for_generate", _Kept())
+    return kept
+
+
+def _sampler(model: Any, backend: str, weights: str, threads: int | None) -> Sampler:
+    if isinstance(model, Sampler):
+        return model
+    # An optimiser's step or load_state_dict changes a version, .to() the address: the engine's copy is then stale.
+    state = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    key = (backend, weights, threads, state)
+    sampler: Sampler = _kept(model).get("sampler", key, lambda: Sampler(model, backend, weights, threads=threads))
+    return sampler
+
+
+def _codec(model: Any, codec: Codec | str | Path | None) -> Codec:
+    if isinstance(codec, Codec):
+        return codec
+    name = codec if codec is not None else getattr(model, "codec_path", None)
+    if name is None:
+        raise InputError("this checkpoint carries no codec: pass codec=, a siren.Codec or the folder of one")
+    found: Codec = _kept(model).get("codec", str(name), lambda: Codec.from_pretrained(name))
+    return found
+
+
+def _encoder(model: Any, encoder: PromptEncoder | str | Path | None) -> PromptEncoder:
+    if isinstance(encoder, PromptEncoder):
+        return encoder
+    name = encoder if encoder is not None else getattr(model, "prompt_encoder_name", None)
+    if name is None:
+        raise InputError(
+            "this checkpoint names no prompt encoder: pass encoder=, a siren.PromptEncoder, 'minilm' or a folder"
+        )
+    found: PromptEncoder = _kept(model).get("encoder", str(name), lambda: PromptEncoder.from_pretrained(name))
+    return found
+
+
+class _Progress:
+    """A bar over all frames of all batches, and the caller's callback."""
+
+    def __init__(self, total: int, shown: bool, on_frame: Callable[[int, int], None] | None) -> None:
+        from tqdm.auto import tqdm
+
+        self.total, self.done, self.on_frame = total, 0, on_frame
+        self.bar = tqdm(total=total, unit="frame", desc="generating", disable=not shown)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._tick
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def _tick(self, _done: int, _total: int) -> None:
+        self.done += 1
+        self.bar.update()
+        if self.on_frame is not None:
+            self.on_frame(self.done, self.total)

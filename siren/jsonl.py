@@ -1,0 +1,181 @@
+"""A file of prompts to a folder of clips: JSON Lines in, sound files and `results.jsonl` out.
+
+Every line is checked before anything is generated. `results.jsonl` is written anew after each batch, so that it always
+lists exactly the clips that are there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .audio import write_files
+from .codec import Codec
+from .config import SirenConfig
+from .errors import InputError, SirenError
+from .generate import MAX_BATCH, check_request, generate
+from .sampler import Sampler
+from .sampling import SamplingSettings, expand_seeds
+from .text import PromptEncoder
+
+RESULTS = "results.jsonl"
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the file: a prompt, the name of its files, and the seed of its first clip."""
+
+    where: str
+    prompt: str
+    id: str
+    seed: int
+    seconds: float
+
+    def names(self, count: int) -> list[str]:
+        """The names of its clips' files, without suffix."""
+        return [self.id] if count == 1 else [f"{self.id}-{i:0{len(str(count - 1))}}" for i in range(count)]
+
+
+def read_jobs(path: str | Path, seconds: float, seed: int, count: int) -> list[Job]:
+    """The lines of a file: {"prompt": ...} each, and if wanted "id", "seed" and "seconds". Blank lines are skipped.
+
+    `count` clips are meant for each. A line without an id is named by its number; prompt i of the file, if it says no
+    seed, has seed + i * count. Raises InputError naming the line.
+    """
+    path = Path(path).expanduser()
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text") from error
+    if len(data) > _MAX_BYTES:
+        raise InputError(f"{path} is larger than {_MAX_BYTES >> 20} MiB; split it")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise InputError(f'{path} holds no prompts; a line is like {{"prompt": "rain on a tin roof"}}')
+    width = len(str(lines[-1][0]))
+    jobs: list[Job] = []
+    names: dict[str, str] = {}
+    for i, (number, line) in enumerate(lines):
+        where = f"{path}, line {number}"
+        defaults = {"id": f"{number:0{width}}", "seed": seed + i * count, "seconds": seconds}
+        job = _parse(line, where, defaults)
+        for name in job.names(count):
+            if names.setdefault(name.casefold(), where) != where:
+                raise InputError(f"{where}: the name {name!r} is taken by {names[name.casefold()]}")
+        jobs.append(job)
+    return jobs
+
+
+def _parse(line: str, where: str, defaults: dict[str, Any]) -> Job:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(values, dict) or "prompt" not in values:
+        raise InputError(f'{where} must be an object with a "prompt"')
+    unknown = sorted(set(values) - {"prompt", *defaults})
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; there are prompt, {', '.join(defaults)}")
+    job = Job(where, **(defaults | values))
+    if not isinstance(job.id, str) or not re.fullmatch(r"\w[\w.-]{0,99}", job.id):
+        raise InputError(f"{where}: id names files: up to 100 letters, digits, '_', '-' and '.', not {job.id!r}")
+    return job
+
+
+def check_jobs(jobs: list[Job], config: SirenConfig, codec: Codec, encoder: PromptEncoder, count: int) -> list[int]:
+    """The number of frames of each, once all of them fit the model. Raises InputError naming the line."""
+    frames = []
+    for job in jobs:
+        try:
+            if isinstance(job.seed, list):
+                raise InputError("seed must be one whole number")
+            expand_seeds(job.seed, count)
+            frames.append(check_request(config, codec, encoder, job.prompt, job.seconds))
+        except InputError as error:
+            raise InputError(f"{job.where}: {error}") from error
+    return frames
+
+
+def generate_jobs(
+    jobs: list[Job],
+    load: Callable[[], Sampler],
+    config: SirenConfig,
+    codec: Codec,
+    encoder: PromptEncoder,
+    folder: str | Path,
+    settings: SamplingSettings,
+    count: int = 1,
+    batch_size: int = 8,
+    suffix: str = ".wav",
+    pictures: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Generate `count` clips for every job into `folder`, and return the path of its results.jsonl.
+
+    Jobs of equal length are decoded together, up to `batch_size` clips at a time; `load` makes the sampler once all
+    checks have passed. Raises InputError for a job that cannot be, or a file that exists while `overwrite` is false,
+    with nothing written. If it stops later, the clips that were finished and their results stay.
+    """
+    from tqdm.auto import tqdm
+
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
+        raise InputError(f"batch size must be from 1 to {MAX_BATCH}, not {batch_size!r}")
+    folder = Path(folder).expanduser()
+    by_length: dict[int, list[Job]] = {}
+    for job, frames in zip(jobs, check_jobs(jobs, config, codec, encoder, count), strict=True):
+        by_length.setdefault(frames, []).append(job)
+    if not overwrite:
+        wanted = [f"{name}{end}" for job in jobs for name in job.names(count) for end in (suffix, ".png")]
+        for name in (RESULTS, *wanted):
+            if (folder / name).exists():
+                raise InputError(f"{folder / name} exists; choose another folder, or pass --overwrite")
+    sampler = load()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SirenError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+    order = {job.id: i for i, job in enumerate(jobs)}
+    results: dict[str, list[dict[str, Any]]] = {}
+    per_batch = max(1, batch_size // count)
+    batches = [group[i : i + per_batch] for group in by_length.values() for i in range(0, len(group), per_batch)]
+    with tqdm(total=len(jobs) * count, unit="clip", desc="generating", disable=not progress) as bar:
+        for batch in batches:
+            audio = generate(
+                sampler,
+                [job.prompt for job in batch],
+                seconds=batch[0].seconds,
+                seed=[job.seed + i for job in batch for i in range(count)],
+                num_return_sequences=count,
+                progress=False,
+                codec=codec,
+                encoder=encoder,
+                **dataclasses.asdict(settings),
+            )
+            for j, job in enumerate(batch):
+                results[job.id] = []
+                for i, name in enumerate(job.names(count)):
+                    clip = audio[j * count + i]
+                    clip.save(folder / f"{name}{suffix}")
+                    if pictures:
+                        clip.picture(folder / f"{name}.png")
+                    about = {"id": job.id, "file": f"{name}{suffix}", "prompt": job.prompt, "seed": job.seed + i}
+                    about |= {"seconds": clip.seconds, **dataclasses.asdict(settings)}
+                    about["mean_logprob"] = round(float(clip.logprobs.mean()), 6)  # type: ignore[union-attr]
+                    results[job.id].append(about)
+                    bar.update()
+            done = sorted(results, key=lambda name: order[name])
+            text = "".join(json.dumps(about, ensure_ascii=False) + "\n" for name in done for about in results[name])
+            write_files({folder / RESULTS: text.encode()})
+    return folder / RESULTS

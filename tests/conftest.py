@@ -1,0 +1,32 @@
+"""Fixtures that several test files share. Random models are in random_models.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+import siren
+
+hypothesis.settings.register_profile("siren", deadline=None, print_blob=True, max_examples=25)
+hypothesis.settings.load_profile("siren")
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """A checkpoint that the official code wrote, with random weights, and vectors.npz, what that code computes."""
+    return Path(__file__).parent / "data" / "official-tiny"
+
+
+@pytest.fixture(scope="session")
+def golden(golden_folder: Path) -> dict[str, torch.Tensor]:
+    with np.load(golden_folder / "vectors.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays}
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_folder: Path) -> siren.Siren:
+    return siren.Siren.from_pretrained(golden_folder)

@@ -1,0 +1,103 @@
+"""The layers of the package, checked by reading the sources: imports go down only, and nothing unpickles."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A module of siren may import those of earlier lines only; modules on one line do not know each other.
+LAYERS = [
+    ["errors"],
+    ["config"],
+    ["manifest"],
+    ["checkpoint"],
+    ["sampling"],
+    ["layers"],
+    ["expert"],
+    ["reference"],
+    ["engine"],
+    ["sampler"],
+    ["picture", "pretrained"],
+    ["descript"],
+    ["codec", "text", "audio"],
+    ["generate"],
+    ["model"],
+    ["env", "demo"],
+    ["cli"],
+    ["__init__"],
+    ["__main__"],
+]
+RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
+MODULES = sorted((ROOT / "siren").glob("*.py"))
+SOURCES = [*MODULES, *sorted((ROOT / "kernels").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full name of every module that a file imports, at the top, in a function or for type checking."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = f"{path.parent.name}." if node.level else ""
+            if node.module:
+                yield parent + node.module
+            else:
+                yield from (parent + alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_go_down_only(path: Path) -> None:
+    """A module imports from the layers below it; one that is not listed gets its place in LAYERS first."""
+    assert path.stem in RANK, f"give {path.name} a place in LAYERS"
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        module = rest.partition(".")[0]
+        if package == "siren" and module not in ("kernels", "_cpu", "__version__"):
+            assert module in RANK, f"{path.name} imports {name}; name the module, not the package"
+            assert RANK[module] < RANK[path.stem], f"{path.name} imports {name}, which is not below it"
+
+
+def test_kernels_know_nothing_of_siren() -> None:
+    """Kernels import torch, triton and the standard library."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        packages = {name.partition(".")[0] for name in imported(path)}
+        assert packages <= {"__future__", "torch", "triton", "math", "typing"}, (path.name, packages)
+
+
+def test_native_code_knows_no_torch() -> None:
+    """No file of csrc includes a torch header, and cpu and cuda do not include each other."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert sources
+    for path in sources:
+        for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert not re.match(r"(torch|ATen|c10|caffe2)/", header), (path.name, header)
+            for own, other in (("cpu", "cuda"), ("cuda", "cpu")):
+                if own in path.relative_to(ROOT / "csrc").parts:
+                    assert other not in Path(header).parts, (path.name, header)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_nothing_unpickles(path: Path) -> None:
+    """No pickle, no eval or exec, and torch.load and numpy.load only in the modes that cannot run code."""
+    unsafe = {"cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert not unsafe & {name.partition(".")[0] for name in imported(path)}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "pickle", f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            assert node.attr == "UnpicklingError", f"{path.name}:{node.lineno}"  # what torch.load raises
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        where = f"{path.name}:{node.lineno}: {called}"
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        assert called not in ("eval", "exec", "__import__"), where
+        assert called not in ("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter"), where
+        assert called != "torch.load" or options.get("weights_only") == "True", where
+        assert called not in ("np.load", "numpy.load") or options.get("allow_pickle", "False") == "False", where
