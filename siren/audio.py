@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import os
@@ -169,4 +170,5 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         raise SirenError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # renamed, or never made
+                temporary.unlink()

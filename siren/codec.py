@@ -15,11 +15,20 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from .descript import load_descript
+from .descript import convert, read_descript
 from .errors import CheckpointError, InputError
-from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, missing, move, read_config, read_weights
+from .pretrained import (
+    CONFIG,
+    WEIGHTS,
+    check_weights,
+    find_folder,
+    missing,
+    move,
+    read_config,
+    read_weights,
+    write_weights,
+)
 
 MAX_SECONDS = 120  # a full-size decoder needs about 35 MB of memory for each second of sound
 _MAX_PEAK = 4.0
@@ -66,8 +75,9 @@ class Codec:
         values = read_config(folder)
         if values.get("model_type") != "dac":
             raise CheckpointError(f"{folder / CONFIG}: model_type must be 'dac', not {values.get('model_type')!r}")
+        config = _check_config(values, str(folder / CONFIG))
         weights, _ = read_weights(folder)
-        return _build(values, weights, str(folder)).to(device)
+        return _build(config, weights, str(folder)).to(device)
 
     @classmethod
     def from_descript(cls, source: Any, device: str | torch.device = "cpu") -> Codec:
@@ -75,7 +85,10 @@ class Codec:
 
         Raises CheckpointError if a tensor is missing, left over, or of another shape than the file's own sizes say.
         """
-        return _build(*load_descript(source)).to(device)
+        values, state, where = read_descript(source)
+        config = _check_config(values, where)
+        weights = convert(state, len(config.downsampling_ratios), config.n_codebooks, where)
+        return _build(config, weights, where).to(device)
 
     @property
     def sample_rate(self) -> int:
@@ -179,8 +192,7 @@ class Codec:
             temporary.mkdir()
             values = self.model.config.to_dict() | {"architectures": ["DacModel"]}
             (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            state = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-            save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+            write_weights(temporary, self.model.state_dict())
             for path in (temporary / CONFIG, temporary / WEIGHTS, temporary):
                 _sync(path)
             if target.exists():
@@ -203,10 +215,10 @@ class Codec:
             raise InputError(f"a clip of {seconds:.1f} s is too long for one call; the limit is {MAX_SECONDS} s")
 
 
-def _build(values: dict[str, Any], weights: dict[str, torch.Tensor], where: str) -> Codec:
-    """A codec from DacConfig values and a DacModel state dict, both untrusted."""
+def _check_config(values: dict[str, Any], where: str) -> Any:
+    """The DacConfig of untrusted values."""
     try:
-        from transformers import DacConfig, DacModel
+        from transformers import DacConfig
     except ImportError as error:
         raise missing("transformers", "dac") from error
     ratios = values.get("downsampling_ratios")
@@ -222,7 +234,12 @@ def _build(values: dict[str, Any], weights: dict[str, torch.Tensor], where: str)
     if values["codebook_size"] & (values["codebook_size"] - 1):
         raise CheckpointError(f"{where}: codebook_size must be a power of 2, not {values['codebook_size']}")
     # Hidden size and hop follow from these; older files state a stale hop, so what they say of it is not read.
-    config = DacConfig(downsampling_ratios=ratios, **{name: values[name] for name in _LIMITS})
+    return DacConfig(downsampling_ratios=ratios, **{name: values[name] for name in _LIMITS})
+
+
+def _build(config: Any, weights: dict[str, torch.Tensor], where: str) -> Codec:
+    from transformers import DacModel
+
     with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
         model = DacModel(config)
     model.load_state_dict(check_weights(weights, model.state_dict(), where), assign=True)

@@ -82,7 +82,7 @@ def _random_codec(config: SirenConfig, seed: int) -> Codec:
 
 @torch.no_grad()
 def _audible(model: Any) -> Any:
-    """Draw all convolutions again. As transformers draws them the sound is at -56 dB; 0.8 / sqrt(fan in) gives -20 dB."""
+    """Draw all convolutions again: as transformers draws them the sound is at -56 dB; 0.8 / sqrt(fan in): -20 dB."""
     for module in model.modules():
         if isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d)):
             overlap = module.stride[0] if isinstance(module, torch.nn.ConvTranspose1d) else 1
@@ -93,7 +93,7 @@ def _audible(model: Any) -> Any:
 
 
 def _seeded(seed: int, make: Any) -> Any:
-    """make() with torch's generator, which the initialisers of modules draw from, at `seed` and afterwards as before."""
+    """make() with torch's generator, which modules draw their weights from, at `seed`, and afterwards as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

@@ -7,6 +7,8 @@ which is multiplied out here. The package `dac` is not needed.
 from __future__ import annotations
 
 import pickle
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,8 @@ _WEIGHT_NORM = (
 )
 
 
-def load_descript(source: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor], str]:
-    """Read a `.pth` path or a `dac.DAC`: DacConfig values, DacModel state dict (float32, CPU), and a name for errors.
+def read_descript(source: Any) -> tuple[dict[str, Any], Mapping[str, Any], str]:
+    """Read a `.pth` path or a `dac.DAC`: unchecked DacConfig values, its own state dict, and a name for errors.
 
     Raises CheckpointError if the file is missing, damaged, not Descript's, or holds more than tensors and plain values.
     """
@@ -47,15 +49,21 @@ def load_descript(source: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor],
         kwargs = {name: getattr(source, name, None) for name in (*_SIZES.values(), "latent_dim")}
     else:
         raise InputError(f"from_descript takes a .pth path or a dac.DAC object, not {type(source).__name__}")
-    values = _sizes(kwargs, where)
-    return values, _convert(state, len(values["downsampling_ratios"]), values["n_codebooks"], where), where
+    return _sizes(kwargs, where), state, where
 
 
 def _read_pth(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"no file {path}; Descript's weights are one .pth file, such as weights_16khz.pth")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # torch reads past wrong checksums, so that flipped bits become other weights
+            with zipfile.ZipFile(path) as archive:
+                altered = archive.testzip()
+            if altered is not None:
+                raise ValueError(f"the checksum of {altered} is wrong")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are about files that are refused a moment later
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds objects other than tensors and plain values, which could run code; "
@@ -117,8 +125,11 @@ def _modules(blocks: int, codebooks: int) -> Iterator[tuple[str, str]]:
             yield f"quantizer.quantizers.{j}.{name}", f"quantizer.quantizers.{j}.{name}"
 
 
-def _convert(state: Mapping[str, Any], blocks: int, codebooks: int, where: str) -> dict[str, torch.Tensor]:
-    """Rename and multiply out. What has no counterpart keeps its name, so that the caller's comparison reports it."""
+def convert(state: Mapping[str, Any], blocks: int, codebooks: int, where: str) -> dict[str, torch.Tensor]:
+    """Rename and multiply out: a DacModel state dict in float32 on the CPU.
+
+    What has no counterpart keeps its name, so that the caller's comparison with the model reports it.
+    """
     left = dict(state)
     for name, value in left.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -44,7 +44,9 @@ def environment() -> dict[str, Any]:
         },
         "engine": _engine(),
         "gpu": [
-            f"{torch.cuda.get_device_name(i)}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+            "{0}, compute capability {1[0]}.{1[1]}".format(
+                torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
+            )
             for i in range(torch.cuda.device_count())
         ],
         "cuda_of_torch": torch.version.cuda,
@@ -58,13 +60,13 @@ def report(values: dict[str, Any]) -> str:
     engine, auto, cpu = values["engine"], values["auto"], values["cpu"]
     lines = [
         f"siren {values['siren']}, Python {values['python']}, {values['system']}",
-        f"cpu: {cpu['model']}, {cpu['logical_cores']} logical cores; {' '.join(cpu['features']) or 'no known features'}",
+        f"CPU: {cpu['model']}, {cpu['logical_cores']} logical cores; {' '.join(cpu['features'])}",
     ]
     if engine["available"]:
         lines.append(f"C++ engine: built; instruction path {engine['instructions']}, {engine['threads']} threads")
     else:
         lines.append(f"C++ engine: not available: {engine['reason']}")
-    lines.append(f"backend \"auto\": {auto['backend'] or 'none'}: {auto['reason']}")
+    lines.append(f'backend "auto": {auto["backend"] or "none"}: {auto["reason"]}')
     lines.append(f"GPU: {'; '.join(values['gpu']) or 'none that torch can use'}")
     lines.append(f"CUDA of torch: {values['cuda_of_torch'] or 'none'}; nvcc: {values['nvcc'] or 'not found'}")
     lines.append("packages: " + ", ".join(f"{name} {version}" for name, version in values["packages"].items()))

@@ -198,7 +198,8 @@ class Expert(nn.Module):
 
     def losses(self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None) -> Tensor:
         """`loss` after its checks."""
-        logits = self.logits(codes, prompt, prompt_mask, sequence_mask).float()
+        logits = self.logits(codes, prompt, prompt_mask, sequence_mask)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = codes[:, self.start_codebook : self.start_codebook + self.config.codes_per_expert].long()
         losses = nn.functional.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(
             targets.shape
@@ -222,8 +223,8 @@ def _causal_mask(sequence_mask: Tensor) -> Tensor:
     frames = sequence_mask.shape[1]
     causal = torch.ones(frames, frames, dtype=torch.bool, device=sequence_mask.device).tril()
     allowed = causal & sequence_mask[:, None, :]
-    # A frame before the first valid one would see nothing: let it see everything, so that it stays finite.
-    return (allowed | ~allowed.any(-1, keepdim=True)).unsqueeze(1)
+    # A frame before the first valid one would see nothing: let it see all earlier ones, so that it stays finite.
+    return torch.where(allowed.any(-1, keepdim=True), allowed, causal).unsqueeze(1)
 
 
 def check_inputs(
@@ -235,6 +236,12 @@ def check_inputs(
     sequence_mask: Tensor | None,
 ) -> None:
     """Raise InputError unless the arguments of a teacher-forced forward fit the config and the parameters' device."""
+    masks = (("prompt_mask", prompt_mask), ("sequence_mask", sequence_mask))
+    for name, value in (("codes", codes), ("prompt", prompt), *masks):
+        if not isinstance(value, Tensor) and (value is not None or name in ("codes", "prompt")):
+            raise InputError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
+        if isinstance(value, Tensor) and value.device != parameter.device:
+            raise InputError(f"{name} is on {value.device} and the model on {parameter.device}: move one of them")
     if codes.ndim != 3 or codes.shape[1] != config.num_codebooks or not codes.shape[0] or not codes.shape[2]:
         raise InputError(f"codes must have shape [batch, {config.num_codebooks}, frames], got {tuple(codes.shape)}")
     if codes.dtype not in _INTEGERS:
@@ -250,11 +257,7 @@ def check_inputs(
         raise InputError(f"prompt has {prompt.shape[1]} tokens; max_prompt_len is {config.max_prompt_len}")
     if not prompt.is_floating_point():
         raise InputError(f"prompt must be floating point, not {prompt.dtype}")
-    masks = (("prompt_mask", prompt_mask, prompt.shape[1]), ("sequence_mask", sequence_mask, frames))
-    for name, tensor in (("codes", codes), ("prompt", prompt), *(mask[:2] for mask in masks)):
-        if tensor is not None and tensor.device != parameter.device:
-            raise InputError(f"{name} is on {tensor.device} and the model on {parameter.device}: move one of them")
-    for name, mask, length in masks:
+    for (name, mask), length in zip(masks, (prompt.shape[1], frames), strict=True):
         if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
             raise InputError(f"{name} must be bool of shape [{batch}, {length}], got {mask.dtype} {tuple(mask.shape)}")
     if torch.compiler.is_compiling():
@@ -262,7 +265,7 @@ def check_inputs(
     low, high = (int(value) for value in torch.aminmax(codes))
     if low < 0 or high >= config.codebook_size:
         raise InputError(f"codes must be from 0 to {config.codebook_size - 1}, got {low if low < 0 else high}")
-    for name, mask, _ in masks:
+    for name, mask in masks:
         if mask is not None and not bool(mask.any(dim=1).all()):
             row = int((~mask.any(dim=1)).nonzero()[0])
             raise InputError(f"{name} of sequence {row} holds no True: every sequence needs at least one")

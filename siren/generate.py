@@ -17,6 +17,7 @@ from .audio import Audio
 from .codec import MAX_SECONDS, Codec
 from .config import SirenConfig
 from .errors import InputError
+from .manifest import Manifest
 from .sampler import Sampler
 from .sampling import SamplingSettings, expand_seeds
 from .text import PromptEncoder
@@ -46,18 +47,19 @@ def generate(
     """One clip of `seconds` for each prompt, or `num_return_sequences` for each, those of one prompt side by side.
 
     `model` is a `siren.Siren`, whose sampler is made at the first call with `backend`, `weights` and `threads` and kept
-    until its parameters change, or a `siren.Sampler`. `codec` and `encoder` default to those the checkpoint carries or
-    names. An integer seed s gives clip i the seed s + i, a list gives one for each clip. `progress` shows a bar on
-    stderr; on_frame(done, total) is called after each frame. Raises InputError before anything is sampled.
+    until its parameters change; or a `Manifest`, whose weights are read after all checks; or a `siren.Sampler`. `codec`
+    and `encoder` default to those the checkpoint carries or names. An integer seed s gives clip i the seed s + i, a
+    list gives one for each clip. `progress` shows a bar on stderr; on_frame(done, total) is called after each frame.
+    Raises InputError before anything is sampled.
     """
     if isinstance(num_return_sequences, bool) or not isinstance(num_return_sequences, int) or num_return_sequences < 1:
         raise InputError(f"num_return_sequences must be a whole number from 1, not {num_return_sequences!r}")
     SamplingSettings(temperature, top_k, top_p, guidance_scale)
-    codec, encoder = _codec(model, codec), _encoder(model, encoder)
+    codec, encoder = find_codec(model, codec), find_encoder(model, encoder)
     frames = check_request(model.config, codec, encoder, prompts, seconds)
     texts = [prompts] if isinstance(prompts, str) else prompts
     seeds = expand_seeds(seed, len(texts) * num_return_sequences).tolist()
-    sampler = _sampler(model, backend, weights, threads)
+    sampler = find_sampler(model, backend, weights, threads)
 
     prompt, mask = encoder(texts, model.config.max_prompt_len)
     prompt, mask = (t.repeat_interleave(num_return_sequences, dim=0).cpu() for t in (prompt, mask))
@@ -108,8 +110,46 @@ def check_request(
     return round(float(seconds) * rate)
 
 
+def find_codec(model: Any, codec: Codec | str | Path | None = None) -> Codec:
+    """`codec` itself, the one of that folder or name, or the one that the checkpoint of `model` carries."""
+    if isinstance(codec, Codec):
+        return codec
+    name = codec or (model.codec if isinstance(model, Manifest) else getattr(model, "codec_path", None))
+    if name is None:
+        raise InputError("this checkpoint carries no codec: pass one, a siren.Codec or a folder (--codec)")
+    found: Codec = _kept(model, "codec", str(name), lambda: Codec.from_pretrained(name))
+    return found
+
+
+def find_encoder(model: Any, encoder: PromptEncoder | str | Path | None = None) -> PromptEncoder:
+    """`encoder` itself, the one of that folder or name, or the one that the checkpoint of `model` names."""
+    if isinstance(encoder, PromptEncoder):
+        return encoder
+    named = model.prompt_encoder if isinstance(model, Manifest) else getattr(model, "prompt_encoder_name", None)
+    name = encoder or named
+    if name is None:
+        raise InputError(
+            "this checkpoint names no prompt encoder: pass one, a siren.PromptEncoder, 'minilm' or a folder (--encoder)"
+        )
+    found: PromptEncoder = _kept(model, "encoder", str(name), lambda: PromptEncoder.from_pretrained(name))
+    return found
+
+
+def find_sampler(model: Any, backend: str = "auto", weights: str = "bf16", threads: int | None = None) -> Sampler:
+    """The sampler of a model, made or kept from an earlier call."""
+    if isinstance(model, Sampler):
+        return model
+    if isinstance(model, Manifest):
+        return Sampler(model, backend, weights, threads)
+    # An optimiser's step or load_state_dict changes a version, .to() the address: the sampler's copy is then stale.
+    state = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
+    key = (backend, weights, threads, state)
+    found: Sampler = _kept(model, "sampler", key, lambda: Sampler(model, backend, weights, threads))
+    return found
+
+
 class _Kept:
-    """What a model keeps between calls of generate. It is left behind when the model is copied or pickled."""
+    """What a model keeps between calls. It is left behind when the model is copied or pickled."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -118,49 +158,15 @@ class _Kept:
     def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
         return _Kept, ()
 
-    def get(self, part: str, key: object, make: Callable[[], Any]) -> Any:
-        with self.lock:
-            if part not in self.parts or self.parts[part][0] != key:
-                self.parts.pop(part, None)  # the old one's memory is free before the new one is made
-                self.parts[part] = (key, make())
-            return self.parts[part][1]
 
-
-def _kept(model: Any) -> _Kept:
-    kept: _Kept = model.__dict__.setdefault("_kept_for_generate", _Kept())
-    return kept
-
-
-def _sampler(model: Any, backend: str, weights: str, threads: int | None) -> Sampler:
-    if isinstance(model, Sampler):
-        return model
-    # An optimiser's step or load_state_dict changes a version, .to() the address: the engine's copy is then stale.
-    state = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    key = (backend, weights, threads, state)
-    sampler: Sampler = _kept(model).get("sampler", key, lambda: Sampler(model, backend, weights, threads=threads))
-    return sampler
-
-
-def _codec(model: Any, codec: Codec | str | Path | None) -> Codec:
-    if isinstance(codec, Codec):
-        return codec
-    name = codec if codec is not None else getattr(model, "codec_path", None)
-    if name is None:
-        raise InputError("this checkpoint carries no codec: pass codec=, a siren.Codec or the folder of one")
-    found: Codec = _kept(model).get("codec", str(name), lambda: Codec.from_pretrained(name))
-    return found
-
-
-def _encoder(model: Any, encoder: PromptEncoder | str | Path | None) -> PromptEncoder:
-    if isinstance(encoder, PromptEncoder):
-        return encoder
-    name = encoder if encoder is not None else getattr(model, "prompt_encoder_name", None)
-    if name is None:
-        raise InputError(
-            "this checkpoint names no prompt encoder: pass encoder=, a siren.PromptEncoder, 'minilm' or a folder"
-        )
-    found: PromptEncoder = _kept(model).get("encoder", str(name), lambda: PromptEncoder.from_pretrained(name))
-    return found
+def _kept(model: Any, part: str, key: object, make: Callable[[], Any]) -> Any:
+    """The part made for this key, from the last call or anew."""
+    kept = model.__dict__.setdefault("_kept_for_generate", _Kept())
+    with kept.lock:
+        if part not in kept.parts or kept.parts[part][0] != key:
+            kept.parts.pop(part, None)  # the old one's memory is freed before the new one is made
+            kept.parts[part] = (key, make())
+        return kept.parts[part][1]
 
 
 class _Progress:

@@ -1,7 +1,7 @@
 """A file of prompts to a folder of clips: JSON Lines in, sound files and `results.jsonl` out.
 
-Every line is checked before anything is generated. `results.jsonl` is written anew after each batch, so that it always
-lists exactly the clips that are there.
+Every line is checked before anything is generated. `results.jsonl` is written anew after each batch, so that a run
+that was stopped leaves a list of the clips it finished.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .audio import write_files
-from .codec import Codec
-from .config import SirenConfig
 from .errors import InputError, SirenError
-from .generate import MAX_BATCH, check_request, generate
-from .sampler import Sampler
+from .generate import MAX_BATCH, check_request, find_codec, find_encoder, find_sampler, generate
+from .manifest import Manifest
 from .sampling import SamplingSettings, expand_seeds
-from .text import PromptEncoder
 
 RESULTS = "results.jsonl"
 _MAX_BYTES = 64 << 20
@@ -87,60 +83,55 @@ def _parse(line: str, where: str, defaults: dict[str, Any]) -> Job:
     if unknown:
         raise InputError(f"{where}: unknown key {unknown[0]!r}; there are prompt, {', '.join(defaults)}")
     job = Job(where, **(defaults | values))
+    if isinstance(job.seed, list):
+        raise InputError(f"{where}: seed must be one whole number")
     if not isinstance(job.id, str) or not re.fullmatch(r"\w[\w.-]{0,99}", job.id):
         raise InputError(f"{where}: id names files: up to 100 letters, digits, '_', '-' and '.', not {job.id!r}")
     return job
 
 
-def check_jobs(jobs: list[Job], config: SirenConfig, codec: Codec, encoder: PromptEncoder, count: int) -> list[int]:
-    """The number of frames of each, once all of them fit the model. Raises InputError naming the line."""
-    frames = []
-    for job in jobs:
-        try:
-            if isinstance(job.seed, list):
-                raise InputError("seed must be one whole number")
-            expand_seeds(job.seed, count)
-            frames.append(check_request(config, codec, encoder, job.prompt, job.seconds))
-        except InputError as error:
-            raise InputError(f"{job.where}: {error}") from error
-    return frames
-
-
 def generate_jobs(
     jobs: list[Job],
-    load: Callable[[], Sampler],
-    config: SirenConfig,
-    codec: Codec,
-    encoder: PromptEncoder,
+    manifest: Manifest,
     folder: str | Path,
     settings: SamplingSettings,
     count: int = 1,
     batch_size: int = 8,
-    suffix: str = ".wav",
+    codec: str | Path | None = None,
+    encoder: str | Path | None = None,
+    backend: str = "auto",
+    weights: str = "bf16",
+    threads: int | None = None,
     pictures: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Generate `count` clips for every job into `folder`, and return the path of its results.jsonl.
+    """Generate `count` WAV files for every job into `folder`, and return the path of its results.jsonl.
 
-    Jobs of equal length are decoded together, up to `batch_size` clips at a time; `load` makes the sampler once all
-    checks have passed. Raises InputError for a job that cannot be, or a file that exists while `overwrite` is false,
-    with nothing written. If it stops later, the clips that were finished and their results stay.
+    Jobs of equal length are decoded together, up to `batch_size` clips at a time. Raises InputError for a job that
+    cannot be, or a file that exists while `overwrite` is false, before the weights are read and with nothing written.
+    If it is stopped later, the clips that were finished and their results stay.
     """
     from tqdm.auto import tqdm
 
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
         raise InputError(f"batch size must be from 1 to {MAX_BATCH}, not {batch_size!r}")
     folder = Path(folder).expanduser()
-    by_length: dict[int, list[Job]] = {}
-    for job, frames in zip(jobs, check_jobs(jobs, config, codec, encoder, count), strict=True):
-        by_length.setdefault(frames, []).append(job)
     if not overwrite:
-        wanted = [f"{name}{end}" for job in jobs for name in job.names(count) for end in (suffix, ".png")]
+        ends = [".wav", ".png"] if pictures else [".wav"]
+        wanted = [f"{name}{end}" for job in jobs for name in job.names(count) for end in ends]
         for name in (RESULTS, *wanted):
             if (folder / name).exists():
                 raise InputError(f"{folder / name} exists; choose another folder, or pass --overwrite")
-    sampler = load()
+    sound, text = find_codec(manifest, codec), find_encoder(manifest, encoder)
+    by_length: dict[int, list[Job]] = {}
+    for job in jobs:
+        try:
+            expand_seeds(job.seed, count)
+            by_length.setdefault(check_request(manifest.config, sound, text, job.prompt, job.seconds), []).append(job)
+        except InputError as error:
+            raise InputError(f"{job.where}: {error}") from error
+    sampler = find_sampler(manifest, backend, weights, threads)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -159,23 +150,23 @@ def generate_jobs(
                 seed=[job.seed + i for job in batch for i in range(count)],
                 num_return_sequences=count,
                 progress=False,
-                codec=codec,
-                encoder=encoder,
+                codec=sound,
+                encoder=text,
                 **dataclasses.asdict(settings),
             )
             for j, job in enumerate(batch):
                 results[job.id] = []
                 for i, name in enumerate(job.names(count)):
                     clip = audio[j * count + i]
-                    clip.save(folder / f"{name}{suffix}")
+                    clip.save(folder / f"{name}.wav")
                     if pictures:
                         clip.picture(folder / f"{name}.png")
-                    about = {"id": job.id, "file": f"{name}{suffix}", "prompt": job.prompt, "seed": job.seed + i}
+                    about = {"id": job.id, "file": f"{name}.wav", "prompt": job.prompt, "seed": job.seed + i}
                     about |= {"seconds": clip.seconds, **dataclasses.asdict(settings)}
                     about["mean_logprob"] = round(float(clip.logprobs.mean()), 6)  # type: ignore[union-attr]
                     results[job.id].append(about)
                     bar.update()
             done = sorted(results, key=lambda name: order[name])
-            text = "".join(json.dumps(about, ensure_ascii=False) + "\n" for name in done for about in results[name])
-            write_files({folder / RESULTS: text.encode()})
+            listed = "".join(json.dumps(about, ensure_ascii=False) + "\n" for name in done for about in results[name])
+            write_files({folder / RESULTS: listed.encode()})
     return folder / RESULTS

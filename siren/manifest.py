@@ -123,20 +123,14 @@ def _inside(root: Path, value: Any, field: str, suffix: str = "") -> Path:
     path = Path(value)
     wrong_kind = bool(suffix) and path.suffix.lower() != suffix
     if path.is_absolute() or ".." in path.parts or "://" in value or "\\" in value or wrong_kind:
-        raise CheckpointError(
-            f"{field} must be a relative {suffix or 'folder'} path inside the folder, not {shown}"
-        )
+        raise CheckpointError(f"{field} must be a relative {suffix or 'folder'} path inside the folder, not {shown}")
     try:
         real = (root / path).resolve(strict=True)
         kind = real.is_file() if suffix else real.is_dir()
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{field}: {shown} is missing or unreadable; the checkpoint is incomplete"
-        ) from error
+        raise CheckpointError(f"{field}: {shown} is missing or unreadable; the checkpoint is incomplete") from error
     if not real.is_relative_to(root):
-        raise CheckpointError(
-            f"{field}: {shown} is a link that leaves the folder; replace it with the file itself"
-        )
+        raise CheckpointError(f"{field}: {shown} is a link that leaves the folder; replace it with the file itself")
     if not kind:
         raise CheckpointError(f"{field}: {shown} is not a {'file' if suffix else 'folder'}")
     return real

@@ -47,8 +47,12 @@ class Siren(nn.Module):
         Tensors are read, checked and converted one by one, so memory holds one copy of the model. Raises
         CheckpointError or ConfigError for a folder that is missing, damaged, altered or does not fit its config.
         """
-        if not dtype.is_floating_point:
-            raise InputError(f"dtype must be floating point, not {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise InputError(f"dtype must be a floating-point torch.dtype, not {dtype!r}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
         manifest = read_manifest(folder)
         with torch.device("meta"):
             model = cls(manifest.config)

@@ -12,14 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 
 from .errors import CheckpointError, InputError, MissingDependencyError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_DIGEST = "sha256"  # key in the header of weights written here
 _JSON_LIMIT = 4 << 20  # bytes; real ones are a few KB
 
 
@@ -79,7 +80,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """All tensors of `model.safetensors` on the CPU, and the sha256 of the very bytes they were parsed from."""
+    """All tensors of `model.safetensors` on the CPU, and the sha256 of the very bytes they were parsed from.
+
+    Raises CheckpointError.
+    """
     path = folder / WEIGHTS
     try:
         data = path.read_bytes()
@@ -90,9 +94,27 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
-        return parse_safetensors(data), hashlib.sha256(data).hexdigest()
+        tensors = safetensors.torch.load(data)
+        end = 8 + int.from_bytes(data[:8], "little")
+        wanted = json.loads(data[8:end]).get("__metadata__", {}).get(_DIGEST)
+        if wanted is not None and hashlib.sha256(memoryview(data)[end:]).hexdigest() != wanted:
+            raise ValueError("its values are not those that were saved")
     except (SafetensorError, ValueError, RuntimeError, KeyError, AssertionError) as error:
         raise CheckpointError(f"{path} is damaged or not safetensors; get it again ({error})") from error
+    return tensors, hashlib.sha256(data).hexdigest()
+
+
+def write_weights(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write `model.safetensors` with a hash of its values in its header, which `read_weights` checks.
+
+    In the header, because a program that changes the weights writes a new one; in config.json it would stay behind.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    data = safetensors.torch.save(tensors)
+    end = 8 + int.from_bytes(data[:8], "little")
+    digest = hashlib.sha256(memoryview(data)[end:]).hexdigest()
+    del data
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: digest})
 
 
 def check_weights(

@@ -155,7 +155,6 @@ class ReferenceDecoder:
         """Prefill: prompt float32 [B, P, prompt_dim], prompt_mask bool [B, P], seeds [B] -> a state at frame 0."""
         return ReferenceState(self, prompt, prompt_mask, seeds, settings)
 
-    @torch.inference_mode()
     def residual(
         self,
         h: Tensor,
@@ -169,9 +168,11 @@ class ReferenceDecoder:
         Returns codes int64 [B, num_codebooks], log-probabilities float32 [B, num_codebooks] and the next frame's
         backbone inputs float32 [K, B, d].
         """
-        pick = Draw(self, seeds, frame, settings)
-        inputs = self.codes_of_frame(h.to(self.device, self.dtype), start.to(self.device), len(seeds), pick)
-        return pick.codes, pick.logprobs, inputs
+        with torch.inference_mode():
+            pick = Draw(self, seeds, frame, settings)
+            inputs = self.codes_of_frame(h.to(self.device, self.dtype), start.to(self.device), len(seeds), pick)
+        # Copies made out here are ordinary tensors, which autograd may save.
+        return pick.codes.cpu().clone(), pick.logprobs.cpu().clone(), inputs.cpu().clone()
 
     def codes_of_frame(
         self, hidden: Tensor, start: Tensor, batch: int, pick: Callable[[int, Tensor], Tensor]

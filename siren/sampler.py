@@ -78,6 +78,7 @@ class Session:
     def step(self, frames: int = 1, on_frame: Progress | None = None) -> None:
         """Sample `frames` more frames. `on_frame(done, frames)` is called after each and may raise to stop there."""
         frames = _whole("frames", frames, 1)
+        _check_callback(on_frame)
         limit = self._config.max_seq_len
         if self.frame + frames > limit:
             raise InputError(f"{self.frame} + {frames} frames exceed max_seq_len, which is {limit}")
@@ -159,6 +160,7 @@ class Sampler:
     ) -> SampleOutput:
         """Sample `frames` frames for every prompt; arguments as in `start` and `Session.step`."""
         frames = _whole("frames", frames, 1, self.config.max_seq_len)
+        _check_callback(on_frame)
         session = self.start(prompt, prompt_mask, seed, temperature, top_k, top_p, guidance_scale)
         session.step(frames, on_frame)
         return SampleOutput(session.codes, session.logprobs)
@@ -306,3 +308,8 @@ def _whole(name: str, value: object, low: int, high: int | None = None) -> int:
     if value < low or (high is not None and value > high):
         raise InputError(f"{name} must be {limits}, not {value}")
     return int(value)
+
+
+def _check_callback(on_frame: object) -> None:
+    if on_frame is not None and not callable(on_frame):
+        raise InputError(f"on_frame must be callable, not {type(on_frame).__name__}")

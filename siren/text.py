@@ -199,7 +199,8 @@ def _build_model(values: dict[str, Any], weights: dict[str, torch.Tensor], folde
     except Exception as error:  # a wrong config fails in whichever line meets it first
         raise CheckpointError(f"{folder / CONFIG} does not describe a text model: {_first_line(error)}") from error
     weights = check_weights(weights, wanted, folder)
-    return model_class.from_pretrained(None, config=config, state_dict=weights, add_pooling_layer=False)
+    with torch.random.fork_rng(devices=[]):  # older versions fill the model with random numbers first
+        return model_class.from_pretrained(None, config=config, state_dict=weights, add_pooling_layer=False)
 
 
 def _load_tokenizer(folder: Path, vocabulary: int) -> Any:

@@ -11,6 +11,8 @@ import torch
 
 import siren
 
+torch.set_num_threads(1)  # the models here are tiny: PyTorch's threads would only wait for one another
+
 hypothesis.settings.register_profile("siren", deadline=None, print_blob=True, max_examples=25)
 hypothesis.settings.load_profile("siren")
 

@@ -1,11 +1,12 @@
-"""The codec: Descript's own file gives Descript's own numbers, no damage loads silently, and nothing in a file is run."""
+"""The codec: Descript's file gives Descript's numbers, no damage loads silently, and nothing in a file is run."""
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_folders import Payload, edit_config, edit_weights, leave_only_a_pickle
 from safetensors.torch import load_file, save_file
 
 import siren.codec as codec_module
@@ -130,30 +132,6 @@ def test_results_can_be_used_in_training(codec: Codec) -> None:
     assert not codec.decode(codes).requires_grad
 
 
-@pytest.mark.slow
-def test_full_size_encodes_and_decodes_ten_seconds() -> None:
-    """The sizes of DAC 16 kHz with random weights. A part decoded alone equals the whole away from its end."""
-    torch.manual_seed(0)
-    config = transformers.DacConfig(
-        encoder_hidden_size=64, downsampling_ratios=[2, 4, 5, 8], decoder_hidden_size=1536, n_codebooks=12,
-        codebook_size=1024, codebook_dim=8, sampling_rate=16000,
-    )  # fmt: skip
-    codec = Codec(transformers.DacModel(config))
-    assert (codec.sample_rate, codec.hop_length, codec.num_codebooks, codec.codebook_size) == (16000, 320, 12, 1024)
-    assert codec.decode_embeddings()[11].weight.shape == (1024, 8)
-    start = time.perf_counter()
-    codes = codec.encode(noise(1, 160_000))
-    middle = time.perf_counter()
-    sound = codec.decode(codes)
-    print(f"10 s: encode {middle - start:.1f} s, decode {time.perf_counter() - middle:.1f} s")
-    assert codes.shape == (1, 12, 500)
-    assert sound.shape == (1, 1, 160_000)
-    assert torch.isfinite(sound).all()
-    assert sound.abs().max() <= 1
-    kept = 20 * codec.hop_length
-    torch.testing.assert_close(codec.decode(codes[:, :, :40])[..., :kept], sound[..., :kept], rtol=0, atol=1e-5)
-
-
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
@@ -191,37 +169,18 @@ def test_loading_draws_no_random_numbers(folder: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def _edit_config(folder: Path, **values: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def _edit_weights(folder: Path, **tensors: torch.Tensor | None) -> None:
-    state = load_file(folder / "model.safetensors") | {name.replace("__", "."): t for name, t in tensors.items()}
-    save_file({name: t for name, t in state.items() if t is not None}, folder / "model.safetensors")
-
-
 def _cut(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
-class _Payload:
-    """Pickled, it creates a file when somebody unpickles it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def _only_a_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(folder / "run")))
+def _flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
 
 
 def _pickle_in_disguise(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(pickle.dumps(_Payload(folder / "run")))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(folder / "run")))
 
 
 DAMAGE = {
@@ -230,27 +189,28 @@ DAMAGE = {
     "deep config": (lambda f: (f / "config.json").write_text("[" * 200_000), "not valid JSON"),
     "huge config": (lambda f: (f / "config.json").write_text(" " * (5 << 20)), "larger than 4 MiB"),
     "list config": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
-    "other model": (lambda f: _edit_config(f, model_type="encodec"), "model_type must be 'dac'"),
-    "hostile size": (lambda f: _edit_config(f, n_codebooks=10**9), "n_codebooks must be"),
-    "text size": (lambda f: _edit_config(f, sampling_rate="16000"), "sampling_rate must be"),
-    "true size": (lambda f: _edit_config(f, codebook_dim=True), "codebook_dim must be"),
-    "odd codebook": (lambda f: _edit_config(f, codebook_size=1000), "power of 2"),
-    "ratios": (lambda f: _edit_config(f, downsampling_ratios=[2, 0]), "downsampling_ratios must be"),
-    "other ratios": (lambda f: _edit_config(f, upsampling_ratios=[2, 4, 5, 8]), "reversed"),
-    "fewer codebooks": (lambda f: _edit_config(f, n_codebooks=11), "has unknown quantizer.quantizers.11"),
+    "other model": (lambda f: edit_config(f, model_type="encodec"), "model_type must be 'dac'"),
+    "hostile size": (lambda f: edit_config(f, n_codebooks=10**9), "n_codebooks must be"),
+    "text size": (lambda f: edit_config(f, sampling_rate="16000"), "sampling_rate must be"),
+    "true size": (lambda f: edit_config(f, codebook_dim=True), "codebook_dim must be"),
+    "odd codebook": (lambda f: edit_config(f, codebook_size=1000), "power of 2"),
+    "ratios": (lambda f: edit_config(f, downsampling_ratios=[2, 0]), "downsampling_ratios must be"),
+    "other ratios": (lambda f: edit_config(f, upsampling_ratios=[2, 4, 5, 8]), "reversed"),
+    "fewer codebooks": (lambda f: edit_config(f, n_codebooks=11), "has unknown quantizer.quantizers.11"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-    "pickle": (_only_a_pickle, "pytorch_model.bin is a pickle"),
+    "pickle": (leave_only_a_pickle, "pytorch_model.bin is a pickle"),
     "hidden pickle": (_pickle_in_disguise, "damaged or not safetensors"),
     "cut header": (lambda f: _cut(f / "model.safetensors", 1000), "damaged or not safetensors"),
     "cut weights": (lambda f: _cut(f / "model.safetensors", 900_000), "damaged or not safetensors"),
     "empty weights": (lambda f: _cut(f / "model.safetensors", 0), "damaged or not safetensors"),
-    "missing": (lambda f: _edit_weights(f, encoder__conv1__bias=None), "lacks encoder.conv1.bias"),
-    "unknown": (lambda f: _edit_weights(f, extra=torch.ones(1)), "has unknown extra"),
-    "shape": (lambda f: _edit_weights(f, encoder__conv1__bias=torch.ones(9)), r"encoder.conv1.bias has shape \[9\]"),
-    "integers": (lambda f: _edit_weights(f, encoder__conv1__bias=torch.ones(8, dtype=torch.int32)), "floating point"),
-    "nan": (lambda f: _edit_weights(f, encoder__conv1__bias=torch.full((8,), torch.nan)), "NaN or infinity"),
+    "flipped bit": (lambda f: _flip(f / "model.safetensors", 900_000), "not those that were saved"),
+    "missing": (lambda f: edit_weights(f, {"encoder.conv1.bias": None}), "lacks encoder.conv1.bias"),
+    "unknown": (lambda f: edit_weights(f, {"extra": torch.ones(1)}), "has unknown extra"),
+    "shape": (lambda f: edit_weights(f, {"encoder.conv1.bias": torch.ones(9)}), r"encoder.conv1.bias has shape \[9\]"),
+    "integers": (lambda f: edit_weights(f, {"encoder.conv1.bias": torch.ones(8, dtype=torch.int32)}), "floating point"),
+    "nan": (lambda f: edit_weights(f, {"encoder.conv1.bias": torch.full((8,), torch.nan)}), "NaN or infinity"),
     "overflow": (
-        lambda f: _edit_weights(f, encoder__conv1__bias=torch.full((8,), 1e300, dtype=torch.float64)),
+        lambda f: edit_weights(f, {"encoder.conv1.bias": torch.full((8,), 1e300, dtype=torch.float64)}),
         "NaN or infinity",
     ),
 }
@@ -334,19 +294,26 @@ def test_a_truncated_pth_is_refused(tmp_path: Path, size: int) -> None:
 
 
 def test_an_altered_pth_is_refused(tmp_path: Path, content: dict) -> None:
-    """Changed bytes are found by the archive's own checks or by ours, and never end in another kind of error."""
-    data = bytearray(PTH.read_bytes())
+    """One flipped bit among the weights changes nothing that torch looks at; the archive's checksums tell."""
+    path = shutil.copy(PTH, tmp_path / "bad.pth")
+    changed = content["state_dict"]["quantizer.quantizers.5.codebook.weight"][321].numpy().tobytes()
+    _flip(path, PTH.read_bytes().index(changed))
+    with pytest.raises(CheckpointError, match="checksum"):
+        Codec.from_descript(path)
     rng = np.random.default_rng(0)
-    for position in rng.integers(0, len(data), 20):
-        data[position] ^= 0xFF
-    (tmp_path / "bad.pth").write_bytes(data)
-    with pytest.raises(CheckpointError):
-        Codec.from_descript(tmp_path / "bad.pth")
+    for position in rng.integers(0, PTH.stat().st_size, 30):  # or elsewhere: refused, or harmless (names, padding)
+        shutil.copy(PTH, path)
+        _flip(path, position)
+        try:
+            loaded = Codec.from_descript(path).model.state_dict()
+        except CheckpointError:
+            continue
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in _shared().model.state_dict().items())
 
 
 @pytest.mark.parametrize("place", ["alone", "metadata", "state_dict"])
 def test_a_pth_with_other_objects_is_refused_and_not_run(tmp_path: Path, content: dict, place: str) -> None:
-    payload = _Payload(tmp_path / "run")
+    payload = Payload(tmp_path / "run")
     bad = {
         "alone": payload,
         "metadata": content | {"metadata": {"kwargs": payload}},
@@ -485,3 +452,36 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 
 def test_repr_says_what_it_is(codec: Codec) -> None:
     assert repr(codec) == "Codec(16000 Hz, 12 codebooks of 1024 codes, 320 samples a frame, cpu)"
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
+def test_full_size_encodes_and_decodes_ten_seconds() -> None:
+    """The sizes of DAC 16 kHz with random weights. A part decoded alone equals the whole away from its end."""
+    torch.manual_seed(0)
+    config = transformers.DacConfig(
+        encoder_hidden_size=64, downsampling_ratios=[2, 4, 5, 8], decoder_hidden_size=1536, n_codebooks=12,
+        codebook_size=1024, codebook_dim=8, sampling_rate=16000,
+    )  # fmt: skip
+    codec = Codec(transformers.DacModel(config))
+    assert (codec.sample_rate, codec.hop_length, codec.num_codebooks, codec.codebook_size) == (16000, 320, 12, 1024)
+    assert codec.decode_embeddings()[11].weight.shape == (1024, 8)
+    start = time.perf_counter()
+    codes = codec.encode(noise(1, 160_000))
+    middle = time.perf_counter()
+    sound = codec.decode(codes)
+    print(f"10 s: encode {middle - start:.1f} s, decode {time.perf_counter() - middle:.1f} s")
+    assert codes.shape == (1, 12, 500)
+    assert sound.shape == (1, 1, 160_000)
+    assert torch.isfinite(sound).all()
+    assert sound.abs().max() <= 1
+    kept = 20 * codec.hop_length
+    torch.testing.assert_close(codec.decode(codes[:, :, :40])[..., :kept], sound[..., :kept], rtol=0, atol=1e-5)

@@ -28,10 +28,9 @@ LAYERS = [
     ["codec", "text", "audio"],
     ["generate"],
     ["model"],
-    ["env", "demo"],
+    ["env", "demo", "jsonl"],
     ["cli"],
     ["__init__"],
-    ["__main__"],
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 MODULES = sorted((ROOT / "siren").glob("*.py"))

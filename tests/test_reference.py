@@ -41,7 +41,7 @@ def test_golden_logits_and_greedy_codes(golden_folder, golden):
 @given(
     configs(),
     st.integers(0, 2**31),
-    st.integers(1, 5),
+    st.integers(1, 9),
     st.one_of(st.integers(1, 9), st.sampled_from([64, 127, 128])),
     st.integers(1, 7),
 )

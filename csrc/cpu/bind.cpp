@@ -130,7 +130,7 @@ PYBIND11_MODULE(_cpu, m) {
              const float* data = values.data();
              const size_t rows = values.shape(0), cols = values.shape(1);
              py::gil_scoped_release release;
-             engine.weights.load(expert, name, data, rows, cols, *engine.pool);
+             engine.weights.load(expert, name, data, rows, cols, engine.pool);
            },
            py::arg("expert"), py::arg("name"), py::arg("values").noconvert())
       .def("set_positions", [](Engine& engine, const Array<float>& rows) { engine.set_positions(rows.data(), rows.size()); },

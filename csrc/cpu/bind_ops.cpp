@@ -38,13 +38,13 @@ class PackedMatrix {
     float* result = y.mutable_data();
     {
       py::gil_scoped_release release;
-      const int threads = pool_->threads();
-      run_on(*pool_, [&](int thread) {
+      const int threads = pool_.threads();
+      run_on(pool_, [&](int thread) {
         split(batch, threads, thread, [&](int b) {
           kernels_.prepare(matrix_.format, values + static_cast<size_t>(b) * matrix_.cols, matrix_.cols, matrix_.depth,
                            prepared.data() + b * x_stride);
         });
-        pool_->barrier(thread);
+        pool_.barrier(thread);
         kernels_.matmul({&matrix_, prepared.data(), x_stride, batch, out.floats(), y_stride, matrix_.blocks * thread / threads,
                          matrix_.blocks * (thread + 1) / threads, matrix_.paired ? Epilogue::swiglu : Epilogue::store});
       });
@@ -57,7 +57,7 @@ class PackedMatrix {
 
  private:
   const Kernels& kernels_;
-  std::shared_ptr<Pool> pool_;
+  Pool& pool_;
   Matrix matrix_;
   Buffer data_, scale_;
 };
@@ -89,9 +89,9 @@ class ReadTest {
   }
   uint64_t run() const {
     py::gil_scoped_release release;
-    std::vector<uint64_t> results(pool_->threads());
-    run_on(*pool_, [&](int thread) {
-      const size_t share = data_.bytes() / pool_->threads() / 64 * 64;
+    std::vector<uint64_t> results(pool_.threads());
+    run_on(pool_, [&](int thread) {
+      const size_t share = data_.bytes() / pool_.threads() / 64 * 64;
       results[thread] = kernels_.read(data_.data() + share * thread, share);
     });
     uint64_t all = 0;
@@ -102,7 +102,7 @@ class ReadTest {
 
  private:
   const Kernels& kernels_;
-  std::shared_ptr<Pool> pool_;
+  Pool& pool_;
   Buffer data_;
 };
 

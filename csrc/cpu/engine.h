@@ -24,7 +24,7 @@ class Engine {
 
   Weights weights;
   const Kernels& kernels;
-  const std::shared_ptr<Pool> pool;
+  Pool& pool;
 
   // positions[t] is added to the input of every block at position t: [max(max_frames, positions of a decoder), dim].
   void set_positions(const float* rows, size_t count);
@@ -33,7 +33,7 @@ class Engine {
 
   const ModelConfig& config() const { return weights.config; }
   const float* position(int t) const { return positions_.floats() + static_cast<size_t>(t) * config().dim; }
-  int threads() const { return pool->threads(); }
+  int threads() const { return pool.threads(); }
 
  private:
   Buffer positions_;

@@ -26,33 +26,23 @@ void wait_until(Ready ready) {
 
 }  // namespace
 
-std::shared_ptr<Pool> Pool::get(int threads) {
+Pool& Pool::get(int threads) {
   static std::mutex mutex;
-  // Never destroyed: workers must not be joined while the process is being taken down.
-  static auto* pools = new std::map<int, std::shared_ptr<Pool>>();
+  static auto* pools = new std::map<int, Pool*>();
   std::lock_guard<std::mutex> lock(mutex);
-  std::shared_ptr<Pool>& pool = (*pools)[threads];
-  if (!pool) pool = std::make_shared<Pool>(threads);
-  return pool;
+  Pool*& pool = (*pools)[threads];
+  if (!pool) pool = new Pool(threads);
+  return *pool;
 }
 
 Pool::Pool(int threads) : threads_(threads), arrived_(threads), finished_(threads) {}
-
-Pool::~Pool() {
-  stop_.store(true);
-  {
-    std::lock_guard<std::mutex> lock(sleep_mutex_);
-    wake_.notify_all();
-  }
-  for (std::thread& worker : workers_) worker.join();
-}
 
 void Pool::start_workers() {
   if (process_ == getpid()) return;
   for (std::thread& worker : workers_) worker.detach();  // of the process that forked this one
   workers_.clear();
   process_ = getpid();
-  sleepers_.store(0);
+  sleep_ = new Sleep;  // after a fork the old one still counts waiters that are gone, so it is left alone
   for (Flag& flag : arrived_) flag.epoch.store(0);
 #if defined(__linux__)
   cpu_set_t allowed;
@@ -76,20 +66,20 @@ void Pool::start_workers() {
 }
 
 void Pool::work(int thread, uint32_t seen) {
+  Sleep& sleep = *sleep_;
   for (;;) {
-    for (int i = 0; job_.load() == seen && !stop_.load(); ++i) {
+    for (int i = 0; job_.load() == seen; ++i) {
       if (i < 20000) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
         continue;
       }
-      std::unique_lock<std::mutex> lock(sleep_mutex_);
-      sleepers_.fetch_add(1);
-      wake_.wait(lock, [&] { return job_.load() != seen || stop_.load(); });
-      sleepers_.fetch_sub(1);
+      std::unique_lock<std::mutex> lock(sleep.mutex);
+      sleep.sleepers.fetch_add(1);
+      sleep.wake.wait(lock, [&] { return job_.load() != seen; });
+      sleep.sleepers.fetch_sub(1);
     }
-    if (stop_.load()) return;
     seen = job_.load();
     function_(context_, thread);
     finished_[thread].epoch.store(seen, std::memory_order_release);
@@ -102,9 +92,9 @@ void Pool::run(void (*function)(void*, int), void* context) {
   function_ = function;
   context_ = context;
   const uint32_t job = job_.fetch_add(1) + 1;
-  if (sleepers_.load() > 0) {
-    std::lock_guard<std::mutex> lock(sleep_mutex_);
-    wake_.notify_all();
+  if (sleep_->sleepers.load() > 0) {
+    std::lock_guard<std::mutex> lock(sleep_->mutex);
+    sleep_->wake.notify_all();
   }
   function(context, 0);
   for (int thread = 1; thread < threads_; ++thread)

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -14,10 +13,9 @@ namespace siren::cpu {
 class Pool {
  public:
   // One pool for each number of threads in a process, so that several engines take turns instead of fighting for cores.
-  static std::shared_ptr<Pool> get(int threads);
+  // It lives as long as the process: workers cannot be joined while Python is being taken down.
+  static Pool& get(int threads);
 
-  explicit Pool(int threads);
-  ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
@@ -35,6 +33,7 @@ class Pool {
     std::atomic<uint32_t> epoch{0};
   };
 
+  explicit Pool(int threads);
   void start_workers();
   void work(int thread, uint32_t seen);
 
@@ -44,10 +43,12 @@ class Pool {
   void (*function_)(void*, int) = nullptr;
   void* context_ = nullptr;
   std::atomic<uint32_t> job_{0};
-  std::atomic<bool> stop_{false};
-  std::atomic<int> sleepers_{0};
-  std::mutex sleep_mutex_;
-  std::condition_variable wake_;
+  struct Sleep {
+    std::atomic<int> sleepers{0};
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+  Sleep* sleep_ = nullptr;  // of this process
   std::vector<Flag> arrived_, finished_;
   std::vector<std::thread> workers_;
 };

@@ -82,13 +82,13 @@ void Residual::run(const Frame& frame, Workspace& work, int thread) {
           k.prepare(head.format, x, config.dim, head.depth, work.dprepared.data() + r * work.prepared_stride);
         });
       }
-      engine_.pool->barrier(thread);
+      engine_.pool.barrier(thread);
       const int begin = head.blocks * thread / threads, end = head.blocks * (thread + 1) / threads;
       k.matmul({&head, work.dprepared.data(), work.prepared_stride, rows_, work.logits.floats(),
                 static_cast<size_t>(head.blocks) * kRowBlock, begin, end, Epilogue::store});
-      engine_.pool->barrier(thread);
+      engine_.pool.barrier(thread);
       finish(frame, work, e, i, thread);
-      engine_.pool->barrier(thread);
+      engine_.pool.barrier(thread);
     }
   }
 }
@@ -97,7 +97,7 @@ void Residual::run(const Frame& frame, Workspace& work, int thread) {
 void Residual::block(const Frame&, Workspace& work, int e, int layer, int position, int count, int thread) {
   const ModelConfig& config = engine_.config();
   const Kernels& k = engine_.kernels;
-  Pool& pool = *engine_.pool;
+  Pool& pool = engine_.pool;
   const int threads = engine_.threads(), head_dim = config.head_dim(), group = config.heads / config.kv_heads;
   const BlockWeights& w = engine_.weights.experts[e].decoder[layer];
   const bool last = layer + 1 == config.decoder_blocks;
@@ -209,7 +209,7 @@ void residual_frame(const Engine& engine, const float* h, const float* start, co
     starts[r] = start + r * config.dim;
   }
   const Frame frame{padded.floats(), starts.data(), seeds, index, nullptr, sums.floats(), codes, logprobs, nullptr};
-  run_on(*engine.pool, [&](int thread) { residual.run(frame, work, thread); });
+  run_on(engine.pool, [&](int thread) { residual.run(frame, work, thread); });
   residual.check();
   for (size_t r = 0; r < rows; ++r)
     std::memcpy(inputs + r * config.dim, sums.floats() + r * work.dim_stride, config.dim * sizeof(float));

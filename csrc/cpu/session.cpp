@@ -81,7 +81,7 @@ size_t Session::cache_bytes() const {
 void Session::prefill(const std::vector<std::vector<float>>& tokens, std::vector<std::shared_ptr<Prompt>>& prompts) {
   const ModelConfig& c = engine_->config();
   const Kernels& k = engine_->kernels;
-  Pool& pool = *engine_->pool;
+  Pool& pool = engine_->pool;
   const Weights& weights = engine_->weights;
   const Format kv = weights.table_format;
   const int width = c.prompt_dim, head_dim = c.head_dim(), threads = pool.threads();
@@ -213,7 +213,7 @@ void Session::attend_frames(int layer, int item, float* scores) {
 void Session::backbone(int thread) {
   const ModelConfig& c = engine_->config();
   const Kernels& k = engine_->kernels;
-  Pool& pool = *engine_->pool;
+  Pool& pool = engine_->pool;
   Workspace& work = *work_;
   const Weights& weights = engine_->weights;
   const int threads = pool.threads(), items = c.experts * rows_;
@@ -292,7 +292,7 @@ void Session::step(const int64_t* forced, float* logits) {
         starts.push_back(c.learned_start ? engine_->weights.experts[e].start : prompts_[r]->start.data() + static_cast<size_t>(e) * c.dim);
   const Frame frame{work_->x.floats(), starts.data(), seeds_.data(), index.data(), forced, next_sums_.floats(),
                     codes.data(), logprobs.data(), logits};
-  run_on(*engine_->pool, [&](int thread) {
+  run_on(engine_->pool, [&](int thread) {
     backbone(thread);
     residual_->run(frame, *work_, thread);
   });

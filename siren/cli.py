@@ -1,0 +1,212 @@
+"""The `siren` command. An error of the user's is one line on stderr and exit code 2, with nothing written.
+
+Each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import InputError, MissingDependencyError, SirenError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+_BESIDE = "<beside>"  # --picture without a path
+
+
+@app.command()
+def generate(
+    source: Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear, or a .jsonl file with --out-dir.")],
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT.wav]", help="The .wav or .flac file to write.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder.")] = None,
+    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 6.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same sound; clip i gets seed + i.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable code.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most probable codes; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable codes that together reach p.")] = 1.0,
+    guidance_scale: Annotated[float, typer.Option(help="Above 1: follow the prompt more closely.")] = 1.0,
+    n: Annotated[int, typer.Option(help="Clips for each prompt.")] = 1,
+    picture: Annotated[
+        str | None, typer.Option(metavar="[PATH.png]", help="Draw the sound too; without a path, beside it.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option(help="Folder for the clips of a .jsonl file.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips of a .jsonl file decoded together.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in --out-dir.")] = False,
+    backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
+    weights: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "bf16",
+    threads: Annotated[int | None, typer.Option(help="Threads of the cpu backend; all cores by default.")] = None,
+    codec: Annotated[str | None, typer.Option(help="Codec folder; the checkpoint's by default.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Prompt encoder; the checkpoint's by default.")] = None,
+) -> None:
+    """Generate sound from a prompt, or from each line of a .jsonl file.
+
+    A line of the file is {"prompt": "..."} and, if wanted, "id" (it names the files), "seed" and "seconds".
+    """
+    if n < 1:
+        raise InputError(f"--n must be at least 1, not {n}")
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError("pictures need matplotlib: pip install 'siren[pictures]'")
+    if out_dir is None:
+        out = _check_out(source, out, picture)
+    elif out is not None or picture not in (None, _BESIDE):
+        raise InputError("with --out-dir name no other file; clips and pictures are named by the ids of the lines")
+    if model is None:
+        raise InputError("no model: pass --model FOLDER; `siren init FOLDER` makes one with random weights to try")
+
+    from .generate import generate as generate_audio
+    from .jsonl import generate_jobs, read_jobs
+    from .manifest import read_manifest
+    from .sampling import SamplingSettings
+
+    settings = SamplingSettings(temperature, top_k, top_p, guidance_scale)
+    if out_dir is not None:
+        jobs = read_jobs(source, seconds, seed, n)
+        results = generate_jobs(
+            jobs,
+            read_manifest(model),
+            out_dir,
+            settings,
+            count=n,
+            batch_size=batch_size,
+            codec=codec,
+            encoder=encoder,
+            backend=backend,
+            weights=weights,
+            threads=threads,
+            pictures=picture is not None,
+            overwrite=overwrite,
+            progress=sys.stderr.isatty(),
+        )
+        typer.echo(str(results))
+        return
+    audio = generate_audio(
+        read_manifest(model),
+        source,
+        seconds=seconds,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        guidance_scale=guidance_scale,
+        num_return_sequences=n,
+        progress=sys.stderr.isatty(),
+        codec=codec,
+        encoder=encoder,
+        backend=backend,
+        weights=weights,
+        threads=threads,
+    )
+    assert out is not None
+    for i, path in enumerate(audio.save(out)):
+        typer.echo(str(path))
+        if picture is not None:
+            drawn = path.with_suffix(".png")
+            if picture != _BESIDE:
+                drawn = Path(picture) if n == 1 else Path(picture).with_stem(f"{Path(picture).stem}-{i}")
+            typer.echo(str(audio.picture(drawn, i)))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="The checkpoint folder to make.")],
+    preset: Annotated[str, typer.Option(help="tiny, siren-1.6b or siren-3.1b.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Make a checkpoint with random weights, to try everything but the sound: what it generates is noise."""
+    from .demo import write_demo
+
+    write_demo(folder, preset, seed, dtype, overwrite)
+    typer.echo(f"{folder}: preset {preset}, random weights; it was not trained, so what it generates is noise")
+
+
+@app.command()
+def convert_codec(
+    weights: Annotated[Path, typer.Argument(metavar="WEIGHTS.pth", help="Descript's file, e.g. weights_16khz.pth.")],
+    folder: Annotated[Path, typer.Argument(help="The codec folder to write.")],
+) -> None:
+    """Turn Descript's own codec weights into a codec folder. Nothing in the file is run."""
+    from .codec import Codec
+
+    codec = Codec.from_descript(weights)
+    codec.save_pretrained(folder)
+    typer.echo(f"{folder}: {codec!r}")
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Say what this installation can do: versions, CPU paths, GPU, optional packages, and the backend "auto" picks."""
+    from .env import environment, report
+
+    values = environment()
+    typer.echo(json.dumps(values, indent=2) if as_json else report(values))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exits with 0, 2 for an error of the user's, or 130 after Ctrl-C."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
+        from . import __version__
+
+        print(f"siren {__version__}")
+        return
+    try:
+        code = app(_picture_path(given) or ["--help"], prog_name="siren", standalone_mode=False)
+    except SirenError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's errors of usage; typer may carry a click of its own
+            raise
+        _fail(error.format_message())
+    if code == 130:
+        print("error: interrupted", file=sys.stderr)
+    if code:
+        raise SystemExit(code)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _picture_path(arguments: list[str]) -> list[str]:
+    """Give `--picture` its path where none that ends in .png follows: typer has no options with optional values."""
+    given = []
+    for i, argument in enumerate(arguments):
+        given.append(argument)
+        if argument == "--picture" and not "".join(arguments[i + 1 : i + 2]).lower().endswith(".png"):
+            given.append(_BESIDE)
+    return given
+
+
+def _check_out(prompt: str, out: Path | None, picture: str | None) -> Path:
+    """The sound file of a single prompt; it and the picture are checked before any work is done."""
+    if out is None:
+        missing = "--out-dir FOLDER" if prompt.lower().endswith(".jsonl") else "OUT.wav"
+        raise InputError(f"nowhere to write to: add {missing}")
+    out = out.expanduser()
+    if out.suffix.lower() not in (".wav", ".flac"):
+        raise InputError(f"{out} must end in .wav or .flac")
+    drawn = [] if picture is None or picture == _BESIDE else [Path(picture).expanduser()]
+    for path in (out, *drawn):
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent} is not a folder; make it first")
+        if path.is_dir():
+            raise InputError(f"{path} is a folder")
+    return out
+
+
+if __name__ == "__main__":
+    main()

