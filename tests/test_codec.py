@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import shutil
@@ -105,13 +106,9 @@ def test_any_length_gives_whole_frames_as_if_followed_by_silence(samples: int, s
     assert codec.decode(codes).shape == filled.shape
 
 
-_loaded: list[Codec] = []
-
-
+@functools.cache
 def _shared() -> Codec:  # hypothesis and fixtures do not mix well
-    if not _loaded:
-        _loaded.append(Codec.from_descript(PTH))
-    return _loaded[0]
+    return Codec.from_descript(PTH)
 
 
 def test_a_clip_does_not_depend_on_its_batch_or_thread(codec: Codec) -> None:

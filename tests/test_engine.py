@@ -74,7 +74,9 @@ def test_golden_logits_losses_and_greedy_codes(path, golden, golden_model):
     codes = golden["codes"].long()
     logits = force(decoder, codes, golden["prompt"], golden["prompt_mask"])
     assert (logits - golden["logits"]).abs().max() < 1e-4
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(codes.shape)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none").view(
+        codes.shape
+    )
     mask = golden["sequence_mask"][:, None].expand_as(losses)
     # The official loss ran with the sequence mask inside attention too; frames it keeps attend to kept frames only.
     per_codebook = (losses * mask).sum((0, 2)) / mask.sum((0, 2))
@@ -87,16 +89,28 @@ def test_golden_logits_losses_and_greedy_codes(path, golden, golden_model):
 
 def test_from_folder_equals_from_model(golden_folder, golden_model, golden):
     """Streaming from the checkpoint and packing the loaded model give the same bits."""
-    direct = Sampler(golden_model, backend="cpu", weights="bf16").sample(golden["prompt"], golden["prompt_mask"], frames=9)
-    streamed = Sampler.from_pretrained(golden_folder, backend="cpu").sample(golden["prompt"], golden["prompt_mask"], frames=9)
+    direct = Sampler(golden_model, backend="cpu", weights="bf16").sample(
+        golden["prompt"], golden["prompt_mask"], frames=9
+    )
+    streamed = Sampler.from_pretrained(golden_folder, backend="cpu").sample(
+        golden["prompt"], golden["prompt_mask"], frames=9
+    )
     assert torch.equal(direct.codes, streamed.codes) and torch.equal(direct.logprobs, streamed.logprobs)
 
 
 # ---- random shapes ----------------------------------------------------------------------------------------------
 
 
-@given(config=configs(), seed=st.integers(0, 2**31), batch=st.integers(1, 9), tokens=st.sampled_from([1, 2, 7, 33, 128]),
-       frames=st.integers(1, 9), guidance=st.sampled_from([1.0, 2.5]), path=st.sampled_from(PATHS), threads=st.integers(1, 3))
+@given(
+    config=configs(),
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 9),
+    tokens=st.sampled_from([1, 2, 7, 33, 128]),
+    frames=st.integers(1, 9),
+    guidance=st.sampled_from([1.0, 2.5]),
+    path=st.sampled_from(PATHS),
+    threads=st.integers(1, 3),
+)
 @settings(max_examples=60)
 def test_random_models_match(config, seed, batch, tokens, frames, guidance, path, threads):
     """Any configuration, fp32: the engine's error against fp64 is at most twice PyTorch's fp32 error."""
@@ -112,7 +126,9 @@ def test_random_models_match(config, seed, batch, tokens, frames, guidance, path
     exact = [expert.double() for expert in experts]
     truth = forward(exact, codes, prompt.double(), mask)
     if guidance != 1.0:
-        null = forward(exact, codes, torch.zeros(batch, 1, config.prompt_dim).double(), torch.ones(batch, 1, dtype=torch.bool))
+        null = forward(
+            exact, codes, torch.zeros(batch, 1, config.prompt_dim).double(), torch.ones(batch, 1, dtype=torch.bool)
+        )
         truth = null + guidance * (truth - null)
     ours, theirs, floor = rms(engine - truth), rms(plain - truth), 2e-7 * rms(truth)
     note(f"rms error: engine {ours:.3g}, PyTorch {theirs:.3g}")
@@ -336,7 +352,10 @@ def test_nan_weights_and_missing_tensors_are_named(golden_model):
     config = golden_model.config
     first = dict(states(golden_model.experts)[0][1])
     rest = states(golden_model.experts)[1:]
-    poisoned = {**first, "spatial_blocks.1.self_attention.qkv.weight": first["spatial_blocks.1.self_attention.qkv.weight"] * np.nan}
+    poisoned = {
+        **first,
+        "spatial_blocks.1.self_attention.qkv.weight": first["spatial_blocks.1.self_attention.qkv.weight"] * np.nan,
+    }
     with pytest.raises(CheckpointError, match="expert 0: spatial_blocks.1.self_attention.qkv.weight holds a value"):
         CpuDecoder(config, [(0, poisoned), *rest])
     partial = {name: value for name, value in first.items() if name != "sos"}

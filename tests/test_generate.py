@@ -206,3 +206,22 @@ def test_demo_checkpoints(tmp_path: Path) -> None:
 def _embedding(state: dict[str, torch.Tensor], codebook: int) -> torch.Tensor:
     prefix = f"experts.0.codebooks.layers.{codebook}"
     return state[f"{prefix}.codebook.weight"] @ state[f"{prefix}.dac_out.weight"].T + state[f"{prefix}.dac_out.bias"]
+
+
+def test_the_example_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's Python example runs as it stands, and the shapes in its comments are right."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "demo").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    audio, out, sound = names["audio"], names["out"], names["sound"]
+    assert isinstance(audio, siren.Audio)
+    assert (*audio.waveform.shape, audio.sample_rate) == (2, 1, 96000, 16000)
+    assert audio.codes.shape == (2, 12, 300)
+    assert isinstance(out, siren.SampleOutput)
+    assert out.codes.shape == out.logprobs.shape == (2, 12, 300)
+    assert isinstance(sound, torch.Tensor)
+    assert sound.shape == (2, 1, 16000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-0.wav", "clip-1.wav", "demo"]
