@@ -94,8 +94,8 @@ def random_prompts(config: SirenConfig, batch: int, tokens: int) -> tuple[Tensor
 def check(config: SirenConfig, threads: int, names: list[str]) -> list[str]:
     """The gate: every arm on a model of the same widths but one block of each kind, teacher forced.
 
-    An arm's error against PyTorch in fp32 is at most twice plain PyTorch's at the arm's precision (fp32: at most 1e-5 of
-    the logits). Returns lines to print; raises AssertionError when an arm fails.
+    An arm's error against PyTorch in fp32 is at most twice plain PyTorch's at the arm's precision (fp32: at most 1e-5
+    of the logits). Returns lines to print; raises AssertionError when an arm fails.
     """
     shallow = dataclasses.replace(config, spatial_layers=1, factorized_layers=min(1, config.factorized_layers))
     prompt, mask = random_prompts(shallow, 2, 9)

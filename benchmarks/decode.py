@@ -1,11 +1,11 @@
 """Milliseconds a frame of every decoder on this machine, in one interleaved run, with the read bandwidth beside them.
 
-    python benchmarks/decode.py                                   1.6B, batch 1 and 8: naive bf16, compiled bf16, bf16, int8
+    python benchmarks/decode.py                               1.6B, batch 1 and 8: naive and compiled bf16, bf16, int8
     python benchmarks/decode.py --preset siren-3.1b --arms siren-bf16,siren-int8 --batch 1
-    python benchmarks/decode.py --arms siren-bf16 --batch 1 --frames 1500 --rounds 1 --windows 250,500,1000,1500
+    python benchmarks/decode.py --arms siren-bf16,siren-int8 --batch 1 --frames 50 --rounds 29 --windows 250,500,1000
 
-A correctness gate comes first (arms.check); nothing is timed when it is red. Then, for each batch size, rounds: the read
-bandwidth, and `--frames` frames of every arm, one arm after another, so that noise of the machine hits all alike. The
+A correctness gate comes first (arms.check); nothing is timed when it is red. Then, for each batch size, rounds: the
+read bandwidth, and `--frames` frames of every arm, one arm after another, so that noise of the machine hits all alike. The
 first round warms up and is dropped. The table says for each arm the median frame, the 10th to 90th percentile, how many
 times real time that is (a frame is 20 ms of sound; B clips at once), the ratio to naive bf16, the bytes that must be
 moved, and the share of the bandwidth that this is: bytes / (time x bandwidth measured in the same run).
@@ -14,6 +14,7 @@ moved, and the share of the bandwidth that this is: bytes / (time x bandwidth me
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -54,8 +55,8 @@ def check_memory(config: SirenConfig, names: list[str], batches: list[int]) -> N
     free = machine.available_bytes()
     if free and needed > free:
         raise InputError(
-            f"these arms need about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: name fewer with --arms, or a "
-            "smaller --batch or --preset"
+            f"these arms need about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: name fewer with "
+            "--arms, or a smaller --batch or --preset"
         )
 
 
@@ -247,13 +248,12 @@ def run(
         times, bandwidths = measure(config, built, names, size, frames, rounds, tokens, threads)
         bandwidth = statistics.median(bandwidths)
         bandwidth_of[str(size)] = {"median": bandwidth / 1e9, "all": [value / 1e9 for value in bandwidths]}
-        print(
-            f"batch {size}: read bandwidth {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} to {max(bandwidths) / 1e9:.1f})"
-        )
+        lowest, highest = min(bandwidths) / 1e9, max(bandwidths) / 1e9
+        print(f"batch {size}: read bandwidth {bandwidth / 1e9:.1f} GB/s ({lowest:.1f} to {highest:.1f})")
         naive = 1e3 * statistics.median(times["naive-bf16"]) if "naive-bf16" in times else None
         for name in names:
             cuts = [frames, *(edge for edge in edges if edge > frames), frames + len(times[name])]
-            for begin, end in zip(cuts, cuts[1:]):
+            for begin, end in itertools.pairwise(cuts):
                 if part := times[name][begin - frames : end - frames]:
                     rows.append(summarise(config, name, size, part, begin, tokens, bandwidth, naive))
     print("\n" + table(rows))

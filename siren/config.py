@@ -69,10 +69,10 @@ class SirenConfig:
             low = 0 if name == "factorized_layers" else 1
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= limit:
                 raise ConfigError(f"{name} must be a whole number from {low} to {limit}, not {value!r}")
-        for name, low, high in (("norm_eps", 0.0, 1.0), ("dropout", 0.0, 1.0), ("initializer_range", 0.0, 1e3)):
+        for name, below in (("norm_eps", 1.0), ("dropout", 1.0), ("initializer_range", 1e3)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-                raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+                raise ConfigError(f"{name} must be a number from 0 to below {below}, not {value!r}")
         if self.norm_eps == 0 or self.initializer_range == 0:
             raise ConfigError("norm_eps and initializer_range must be above 0")
         multiplier = self.ffn_multiplier

@@ -173,12 +173,15 @@ class CpuDecoder:
         frame: NDArray[np.int64],
         settings: SamplingSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, log-probabilities [B, num_codebooks] and next inputs [K, B, d] of one frame from h, start [K, B, d]."""
+        """One frame from h, start [K, B, d]: codes, log-probabilities [B, num_codebooks], next inputs [K, B, d]."""
         try:
             codes, logprobs, inputs = self.engine.residual(
-                h.contiguous().numpy(), start.contiguous().numpy(), seeds.tolist(), np.ascontiguousarray(frame, np.int64),
+                h.contiguous().numpy(),
+                start.contiguous().numpy(),
+                seeds.tolist(),
+                np.ascontiguousarray(frame, np.int64),
                 **_settings(settings),
-            )  # fmt: skip
+            )
         except self._bad_logits as error:
             raise SamplingError(str(error)) from error
         return torch.from_numpy(codes), torch.from_numpy(logprobs), torch.from_numpy(inputs)

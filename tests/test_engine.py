@@ -137,7 +137,7 @@ def test_random_models_match(config, seed, batch, tokens, frames, guidance, path
 
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_error_rule_of_rounded_weights(path, weights):
-    """bf16 and int8 at widths where rounding shows: error against fp64 at most twice plain PyTorch's at that precision."""
+    """bf16 and int8 where rounding shows: error against fp64 at most twice plain PyTorch's at that precision."""
     config = SirenConfig(dim=192, n_heads=4, n_kv_heads=2, spatial_layers=3, factorized_layers=2, prompt_dim=96,
                          dac_feature_dim=64, max_seq_len=40, max_prompt_len=16, ffn_multiple_of=32)  # fmt: skip
     experts = random_experts(config, 5)
@@ -332,7 +332,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 
 def test_bad_logits_name_sequence_frame_and_codebook(path, golden, golden_model):
-    """Weights that overflow only for one code: the error says where, the session keeps its frames and goes on failing."""
+    """A head that overflows: the error says where, and the session stays at the frame it had."""
     config = golden_model.config
     broken = []
     for start, state in states(golden_model.experts):
@@ -356,7 +356,9 @@ def test_nan_weights_and_missing_tensors_are_named(golden_model):
         **first,
         "spatial_blocks.1.self_attention.qkv.weight": first["spatial_blocks.1.self_attention.qkv.weight"] * np.nan,
     }
-    with pytest.raises(CheckpointError, match="expert 0: spatial_blocks.1.self_attention.qkv.weight holds a value"):
+    with pytest.raises(
+        CheckpointError, match=r"expert 0: spatial_blocks\.1\.self_attention\.qkv\.weight holds a value"
+    ):
         CpuDecoder(config, [(0, poisoned), *rest])
     partial = {name: value for name, value in first.items() if name != "sos"}
     with pytest.raises(CheckpointError, match="expert 0: sos is missing"):
@@ -369,7 +371,7 @@ def test_nan_weights_and_missing_tensors_are_named(golden_model):
 
 def test_unknown_instruction_path(monkeypatch, golden_model):
     monkeypatch.setenv("SIREN_CPU_ISA", "mmx")
-    with pytest.raises(BackendError, match="SIREN_CPU_ISA=mmx is not an instruction path; this build has .*portable"):
+    with pytest.raises(BackendError, match=r"SIREN_CPU_ISA=mmx is not an instruction path; this build has .*portable"):
         CpuDecoder(golden_model.config, states(golden_model.experts))
 
 
@@ -432,7 +434,8 @@ def test_threads_sampling_at_once_equal_serial_results(golden, golden_model):
         serial = [run(sampler, seed) for seed, sampler in enumerate(samplers)]
         results: dict[int, torch.Tensor] = {}
         workers = [
-            threading.Thread(target=lambda i=i, s=s: results.__setitem__(i, run(s, i))) for i, s in enumerate(samplers)
+            threading.Thread(target=lambda i=i, s=s, out=results: out.__setitem__(i, run(s, i)))
+            for i, s in enumerate(samplers)
         ]
         for worker in workers:
             worker.start()
@@ -450,7 +453,7 @@ def test_threads_sampling_at_once_equal_serial_results(golden, golden_model):
 
 
 def test_callback_and_ctrl_c_stop_between_frames(golden, golden_model):
-    """An exception from the callback, or SIGINT, ends step() at a whole frame; the session goes on as if never stopped."""
+    """An exception from the callback, or SIGINT, ends step() at a whole frame; the session can go on from there."""
     sampler = Sampler(golden_model, backend="cpu", weights="bf16")
     whole = sampler.sample(golden["prompt"], golden["prompt_mask"], frames=24).codes
     for stop in (lambda: (_ for _ in ()).throw(RuntimeError("enough")), lambda: os.kill(os.getpid(), signal.SIGINT)):

@@ -115,7 +115,7 @@ void bind_ops(py::module_& m) {
       .def("matmul", &PackedMatrix::matmul, py::arg("x").noconvert())
       .def_property_readonly("bytes", &PackedMatrix::bytes);
   py::class_<ReadTest>(m, "ReadTest")
-      .def(py::init<size_t, int>(), py::arg("bytes"), py::arg("threads"))
+      .def(py::init<size_t, int>(), py::arg("size"), py::arg("threads"))
       .def("run", &ReadTest::run)
       .def_property_readonly("bytes", &ReadTest::bytes);
   m.def("draw", &draw_rows, py::arg("logits").noconvert(), py::arg("seeds"), py::arg("frame"), py::arg("codebook"),
