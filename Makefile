@@ -6,7 +6,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-CXX ?= c++
 # Without a GPU, ask for torch by its version: a bare `torch` may bring gigabytes of CUDA packages.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 
@@ -44,18 +43,19 @@ test: $(READY)
 
 # The instrumented builds live under build/ and come before the ordinary one on PYTHONPATH. Python itself is not
 # instrumented, so the sanitizer's library is loaded first; libstdc++ beside it so that exceptions are intercepted.
-# Leaks: Python and torch keep memory until exit on purpose. TSan: only the engine's own threads are instrumented.
+# -s: pytest would keep the sanitizer's report to itself. Leaks: Python and torch keep memory until exit on purpose.
+# TSan watches the engine's code only, at fixed addresses (setarch -R), on the tests that use several threads.
 lib = $$($(CXX) -print-file-name=$(1))
 
 sanitize: $(READY)
 	SIREN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	env LD_PRELOAD="$(call lib,libasan.so) $(call lib,libubsan.so) $(call lib,libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
-	    $(BIN)/pytest $(ENGINE_TESTS)
+	    $(BIN)/pytest -s $(ENGINE_TESTS)
 	SIREN_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
 	env LD_PRELOAD="$(call lib,libtsan.so) $(call lib,libstdc++.so)" \
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" PYTHONPATH=build/tsan/lib \
-	    setarch -R $(BIN)/pytest $(ENGINE_TESTS)
+	    setarch -R $(BIN)/pytest -s -k "thread or batch" $(ENGINE_TESTS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/decode.py --out out/decode.json --picture out/decode.png

@@ -1,8 +1,8 @@
 """How much memory a sampler takes that is built straight from a checkpoint folder, as a multiple of its weights.
 
-    python benchmarks/memory.py                                       1.6B in bf16, written to a temporary folder first
-    python benchmarks/memory.py --folder out/1.6b --weights int8      keep the checkpoint, and use it again next time
-    python benchmarks/memory.py --preset siren-3.1b --blocks 4        fewer blocks: for a machine with less disk or memory
+    python benchmarks/memory.py                                     1.6B in bf16, written to a temporary folder first
+    python benchmarks/memory.py --folder out/1.6b --weights int8    keep the checkpoint, and use it again next time
+    python benchmarks/memory.py --preset siren-3.1b --blocks 4      fewer blocks, for a machine with less disk or memory
 
 For each weight type a fresh process imports everything, notes its memory, builds `siren.Sampler.from_pretrained(folder,
 backend="cpu")`, samples frames for one prompt, and says how far its memory rose meanwhile. Private memory is what no
@@ -175,11 +175,8 @@ def run(
     with tempfile.TemporaryDirectory(prefix="siren-memory-") as temporary:
         target = folder if folder is not None else Path(temporary) / "checkpoint"
         about["checkpoint_bytes"] = make_checkpoint(target, config)
-        print(
-            f"{preset}, {config.spatial_layers} + {config.factorized_layers} blocks, {about['checkpoint_bytes'] / 1e9:.2f} "
-            f"GB in files; {about['cpu']}, {threads} threads, {frames} frames",
-            flush=True,
-        )
+        size = f"{config.spatial_layers} + {config.factorized_layers} blocks, {about['checkpoint_bytes'] / 1e9:.2f} GB in files"
+        print(f"{preset}, {size}; {about['cpu']}, {threads} threads, {frames} frames", flush=True)
         rows = []
         for kind in kinds:
             rows.append(in_fresh_process(target, kind, frames, tokens, threads))

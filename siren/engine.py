@@ -5,6 +5,7 @@ What it does with them is in csrc/cpu; why it is fast, at the head of csrc/cpu/k
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checkpoint import Manifest, iter_tensors
+from .checkpoint import Manifest, expected_shapes, iter_tensors
 from .config import CONDITIONINGS, SirenConfig
 from .errors import BackendError, CheckpointError, InputError, SamplingError
 from .layers import sinusoidal_positions
@@ -24,6 +25,7 @@ from .sampling import SamplingSettings
 if TYPE_CHECKING:
     from types import ModuleType
 
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 _EMBEDDING_PARTS = ("codebook.weight", "dac_out.weight", "dac_out.bias", "projector.weight", "projector.bias")
 
 
@@ -66,6 +68,21 @@ def default_threads() -> int:
     except (OSError, ValueError):
         pass  # no cgroup v2 quota
     return count
+
+
+def check_memory(config: SirenConfig, weights: str) -> None:
+    """Raise BackendError if the packed weights cannot fit: better than a process that the system kills while loading."""
+    needed = config.num_experts * sum(math.prod(shape) for shape in expected_shapes(config).values()) * _BYTES[weights]
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return
+    if needed > free:
+        lighter = "" if weights == "int8" else "; weights='int8' need less"
+        raise BackendError(
+            f"{weights} weights of this model need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free{lighter}"
+        )
 
 
 def _engine_config(config: SirenConfig) -> dict[str, Any]:
@@ -124,6 +141,7 @@ class CpuDecoder:
         threads: int | None = None,
     ) -> None:
         module = extension()
+        check_memory(config, weights)
         self.config, self.weights = config, weights
         self._bad_logits = module.BadLogits
         try:

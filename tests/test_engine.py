@@ -473,6 +473,25 @@ def test_callback_and_ctrl_c_stop_between_frames(golden, golden_model):
         assert torch.equal(session.codes, whole)
 
 
+def test_a_session_can_be_read_while_it_steps(golden, golden_model):
+    """From the callback and from another thread: codes of whole frames, no deadlock."""
+    sampler = Sampler(golden_model, backend="cpu", weights="bf16")
+    session = sampler.start(golden["prompt"], golden["prompt_mask"])
+    shapes: list[tuple[int, ...]] = []
+    reader = threading.Thread(target=lambda: [session.codes for _ in range(200)])
+    reader.start()
+    session.step(24, lambda done, total: shapes.append(tuple(session.codes.shape)))
+    reader.join()
+    assert shapes == [(3, 12, frame) for frame in range(1, 25)]
+
+
+def test_too_large_a_model_is_refused():
+    """Before anything is allocated, with what would fit."""
+    config = SirenConfig(dim=16384, n_heads=64, n_kv_heads=64, spatial_layers=100)
+    with pytest.raises(BackendError, match=r"bf16 weights of this model need [0-9.]+ GB .*; weights='int8' need less"):
+        CpuDecoder(config, [], "bf16")
+
+
 def test_a_forked_child_can_sample(golden, golden_model):
     """Workers do not survive a fork; the child starts its own instead of waiting for them."""
     sampler = Sampler(golden_model, backend="cpu", weights="bf16", threads=2)

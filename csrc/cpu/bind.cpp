@@ -41,74 +41,92 @@ ModelConfig config_of(const py::dict& values) {
   return c;
 }
 
-// A session and the lock that keeps two Python threads from stepping it at once.
-struct PySession {
-  Session session;
-  std::mutex turn;
-
-  // Runs `frames` frames, asking Python between them whether to go on. forced [sequences, codebooks, frames] or None;
-  // returns logits [sequences, codebooks, frames, codes] when forced, else None.
-  py::object step(int frames, const py::object& on_frame, const py::object& forced) {
-    const ModelConfig& c = session.engine().config();
-    std::unique_lock<std::mutex> lock(turn, std::defer_lock);
-    {
-      py::gil_scoped_release release;
-      lock.lock();
-    }
-    if (frames < 1) throw std::invalid_argument("frames must be at least 1");
-    if (session.frames() + frames > c.max_frames) throw std::invalid_argument("the session would exceed max_seq_len frames");
-    const int sequences = session.sequences();
-    const size_t codebooks = c.codebooks, width = c.codes;
-    Array<int64_t> wanted;
-    py::array_t<float> logits;
-    std::vector<int64_t> row(sequences * codebooks);
-    std::vector<float> row_logits;
-    if (!forced.is_none()) {
-      wanted = forced.cast<Array<int64_t>>();
-      expect_codes(expect(wanted, "codes", {sequences, c.codebooks, frames}), wanted.size(), c);
-      logits = py::array_t<float>({static_cast<size_t>(sequences), codebooks, static_cast<size_t>(frames), width});
-      row_logits.resize(sequences * codebooks * width);
-    }
-    for (int done = 0; done < frames; ++done) {
-      if (!forced.is_none())
-        for (size_t i = 0; i < row.size(); ++i) row[i] = wanted.data()[i * frames + done];
-      {
-        py::gil_scoped_release release;
-        session.step(forced.is_none() ? nullptr : row.data(), forced.is_none() ? nullptr : row_logits.data());
-      }
-      if (!forced.is_none())
-        for (size_t i = 0; i < row.size(); ++i)
-          std::copy_n(row_logits.data() + i * width, width, logits.mutable_data() + (i * frames + done) * width);
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      if (!on_frame.is_none()) on_frame(done + 1, frames);
-    }
-    return forced.is_none() ? py::object(py::none()) : py::object(logits);
-  }
-
-  void select(const std::vector<int>& indices, const std::vector<uint64_t>& seeds) {
-    std::unique_lock<std::mutex> lock(turn, std::defer_lock);
-    {
-      py::gil_scoped_release release;
-      lock.lock();
-    }
-    if (indices.empty()) throw std::invalid_argument("select needs at least one index");
-    if (!seeds.empty() && seeds.size() != indices.size()) throw std::invalid_argument("select needs one seed for each index");
-    for (const int index : indices)
-      if (index < 0 || index >= session.sequences()) throw std::invalid_argument("select: index out of range");
+// A session for Python. The lock is held for one frame at a time, never while waiting for the GIL: threads that step one
+// session take turns, and a callback or another thread may read it between frames.
+class PySession {
+ private:
+  template <class F>
+  auto locked(F body) {
     py::gil_scoped_release release;
-    session.select(indices, seeds);
+    std::lock_guard<std::mutex> lock(turn_);
+    return body();
   }
 
   // [frame][sequence][codebook] -> [sequence, codebook, frame]
-  template <class T>
-  py::array_t<T> turned(const std::vector<T>& values) const {
-    const size_t sequences = session.sequences(), codebooks = session.engine().config().codebooks, frames = session.frames();
+  template <class Values>
+  auto turned(Values values_of) {
+    size_t sequences = 0;
+    const size_t codebooks = session_.engine().config().codebooks;
+    const auto values = locked([&] {
+      sequences = session_.sequences();
+      return values_of();
+    });
+    const size_t each = sequences * codebooks, frames = values.size() / each;
+    using T = typename std::decay_t<decltype(values)>::value_type;
     py::array_t<T> out({sequences, codebooks, frames});
     T* data = out.mutable_data();
     for (size_t t = 0; t < frames; ++t)
-      for (size_t i = 0; i < sequences * codebooks; ++i) data[i * frames + t] = values[t * sequences * codebooks + i];
+      for (size_t i = 0; i < each; ++i) data[i * frames + t] = values[t * each + i];
     return out;
   }
+
+ public:
+  template <class... Args>
+  explicit PySession(Args&&... args) : session_(std::forward<Args>(args)...) {}
+
+  // `frames` frames, asking Python after each whether to go on. forced [sequences, codebooks, frames] or None; returns
+  // logits [sequences, codebooks, frames, codes] when forced, else None.
+  py::object step(int frames, const py::object& on_frame, const py::object& forced) {
+    const ModelConfig& c = session_.engine().config();
+    if (frames < 1 || frames > c.max_frames) throw std::invalid_argument("frames must be from 1 to max_seq_len");
+    const size_t sequences = batch(), width = c.codes, each = sequences * c.codebooks;
+    if (frame() + frames > c.max_frames) throw std::invalid_argument("the session would exceed max_seq_len frames");
+    Array<int64_t> wanted;
+    py::array_t<float> logits;
+    std::vector<int64_t> codes;
+    std::vector<float> row_logits;
+    const bool given = !forced.is_none();
+    if (given) {
+      wanted = forced.cast<Array<int64_t>>();
+      expect_codes(expect(wanted, "codes", {static_cast<py::ssize_t>(sequences), c.codebooks, frames}), wanted.size(), c);
+      logits = py::array_t<float>({sequences, static_cast<size_t>(c.codebooks), static_cast<size_t>(frames), width});
+      codes.resize(each);
+      row_logits.resize(each * width);
+    }
+    for (int done = 0; done < frames; ++done) {
+      for (size_t i = 0; i < codes.size(); ++i) codes[i] = wanted.data()[i * frames + done];
+      locked([&] {
+        if (static_cast<size_t>(session_.sequences()) != sequences)
+          throw std::invalid_argument("another thread changed the session's sequences during step");
+        session_.step(given ? codes.data() : nullptr, given ? row_logits.data() : nullptr);
+      });
+      for (size_t i = 0; i < codes.size(); ++i)
+        std::copy_n(row_logits.data() + i * width, width, logits.mutable_data() + (i * frames + done) * width);
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (!on_frame.is_none()) on_frame(done + 1, frames);
+    }
+    return given ? py::object(logits) : py::object(py::none());
+  }
+
+  void select(const std::vector<int>& indices, const std::vector<uint64_t>& seeds) {
+    if (indices.empty()) throw std::invalid_argument("select needs at least one index");
+    if (!seeds.empty() && seeds.size() != indices.size()) throw std::invalid_argument("select needs one seed for each index");
+    locked([&] {
+      for (const int index : indices)
+        if (index < 0 || index >= session_.sequences()) throw std::invalid_argument("select: index out of range");
+      session_.select(indices, seeds);
+    });
+  }
+
+  py::array_t<int64_t> codes() { return turned([this]() -> const std::vector<int64_t>& { return session_.codes(); }); }
+  py::array_t<float> logprobs() { return turned([this]() -> const std::vector<float>& { return session_.logprobs(); }); }
+  int batch() { return locked([this] { return session_.sequences(); }); }
+  int64_t frame() { return locked([this] { return session_.frames(); }); }
+  size_t cache_bytes() { return locked([this] { return session_.cache_bytes(); }); }
+
+ private:
+  Session session_;
+  std::mutex turn_;
 };
 
 }  // namespace
@@ -154,7 +172,7 @@ PYBIND11_MODULE(_cpu, m) {
              if (seeds.size() != static_cast<size_t>(sequences)) throw std::invalid_argument("one seed for each sequence");
              const SamplingSettings settings = settings_of(temperature, top_k, top_p, guidance);
              py::gil_scoped_release release;
-             return std::shared_ptr<PySession>(new PySession{Session(engine, values, used, sequences, tokens, seeds, settings), {}});
+             return std::make_shared<PySession>(engine, values, used, sequences, tokens, seeds, settings);
            },
            py::arg("prompts").noconvert(), py::arg("mask").noconvert(), py::arg("seeds"), py::arg("temperature"),
            py::arg("top_k"), py::arg("top_p"), py::arg("guidance"))
@@ -196,9 +214,9 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<PySession, std::shared_ptr<PySession>>(m, "Session")
       .def("step", &PySession::step, py::arg("frames"), py::arg("on_frame"), py::arg("forced"))
       .def("select", &PySession::select, py::arg("indices"), py::arg("seeds"))
-      .def_property_readonly("codes", [](const PySession& s) { return s.turned(s.session.codes()); })
-      .def_property_readonly("logprobs", [](const PySession& s) { return s.turned(s.session.logprobs()); })
-      .def_property_readonly("frame", [](const PySession& s) { return s.session.frames(); })
-      .def_property_readonly("batch", [](const PySession& s) { return s.session.sequences(); })
-      .def_property_readonly("cache_bytes", [](const PySession& s) { return s.session.cache_bytes(); });
+      .def_property_readonly("codes", &PySession::codes)
+      .def_property_readonly("logprobs", &PySession::logprobs)
+      .def_property_readonly("frame", &PySession::frame)
+      .def_property_readonly("batch", &PySession::batch)
+      .def_property_readonly("cache_bytes", &PySession::cache_bytes);
 }
