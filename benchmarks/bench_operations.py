@@ -4,9 +4,10 @@
     pytest benchmarks/bench_operations.py --benchmark-only -k "matmul and bf16" --benchmark-json out/operations.json
 
 Sizes are those of the 1.6B model. Arms are those of decode.py: "siren" is the engine, "naive" plain PyTorch, both with
-all cores. Weights come from memory, not from caches: products rotate over copies of a matrix, everything else starts
-with caches that other data has filled. GB/s counts the weights; beside it stands its share of the read bandwidth that
-was measured just before.
+all cores. Weights come from memory, not from caches: products rotate over copies of a matrix; residual decoders and
+prefill start with caches that other data has filled. GB/s counts the weights; beside it stands its share of the read
+bandwidth, which is measured around and between the calls. Nothing else may run meanwhile: every call is threads that
+wait for one another.
 """
 
 from __future__ import annotations
@@ -64,18 +65,11 @@ def read_test() -> Any:
     return extension().ReadTest(FLUSHED_BYTES, THREADS)
 
 
-def flush_caches() -> None:
+def read_seconds() -> float:
+    """Reads FLUSHED_BYTES, which measures the bandwidth and fills the caches with them."""
+    start = time.perf_counter()
     read_test().run()
-
-
-def bandwidth() -> float:
-    """Bytes a second."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        read_test().run()
-        seconds.append(time.perf_counter() - start)
-    return read_test().bytes / statistics.median(seconds)
+    return time.perf_counter() - start
 
 
 class Report:
@@ -94,17 +88,20 @@ class Report:
         weight_bytes: float = 0,
         flush: bool = False,
     ) -> None:
+        """`flush`: read through other memory before each round. Otherwise that is done before and after all of them."""
         benchmark.group = operation
-        available = bandwidth() if weight_bytes else 0.0
-        benchmark.pedantic(call, setup=flush_caches if flush else None, rounds=rounds, warmup_rounds=3)
+        reads = [read_seconds() for _ in range(5)]
+        setup = (lambda: reads.append(read_seconds())) if flush else None
+        benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=3)
         if not benchmark.stats:  # --benchmark-disable
             return
         median = benchmark.stats.stats.median
         line = f"{operation:<44} {arm:<12} {1e6 * median:>11.1f} us"
         if weight_bytes:
-            rate = weight_bytes / median
-            benchmark.extra_info |= {"gb_per_s": rate / 1e9, "share_of_bandwidth": rate / available}
-            line += f" {rate / 1e9:>8.1f} GB/s {rate / available:>8.2f} of the read bandwidth"
+            reads += [read_seconds() for _ in range(5)]
+            share = weight_bytes / median / (read_test().bytes / statistics.median(reads))
+            benchmark.extra_info |= {"gb_per_s": weight_bytes / median / 1e9, "share_of_bandwidth": share}
+            line += f" {weight_bytes / median / 1e9:>8.1f} GB/s {share:>8.2f} of the read bandwidth"
         self.lines.append(line)
 
 
@@ -112,9 +109,8 @@ class Report:
 def report(request: pytest.FixtureRequest) -> Iterator[Report]:
     found = Report()
     yield found
-    terminal = request.config.pluginmanager.getplugin("terminalreporter")
-    for line in ["", "", "medians", *sorted(found.lines)]:
-        terminal.write_line(line)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", "", "medians", *sorted(found.lines), sep="\n")
 
 
 # ---- one matrix -----------------------------------------------------------------------------------------------------
@@ -177,10 +173,8 @@ def test_matmul(benchmark: BenchmarkFixture, report: Report, rotation: Rotation,
     given = rotation.prepare(x)
     ours = torch.as_tensor(rotation.product(given))
     assert rms(ours - exact) <= 2 * rms(plain - exact)
-    report.time(
-        benchmark, f"matmul {rotation.shape}, batch {batch:>2}", rotation.arm, lambda: rotation.product(given),
-        rounds=max(2 * rotation.copies, 50), weight_bytes=rotation.bytes,
-    )  # fmt: skip
+    name, rounds = f"matmul {rotation.shape}, batch {batch:>2}", max(2 * rotation.copies, 50)
+    report.time(benchmark, name, rotation.arm, lambda: rotation.product(given), rounds, rotation.bytes)
 
 
 # ---- one draw -------------------------------------------------------------------------------------------------------
@@ -194,9 +188,8 @@ DRAWS = {
 
 
 def engine_draw(logits: Tensor, seeds: list[int], settings: SamplingSettings) -> tuple[Tensor, Tensor]:
-    codes, logprobs = extension().draw(
-        logits.numpy(), seeds, 7, 3, settings.temperature, settings.top_k, settings.top_p
-    )  # fmt: skip
+    how = (settings.temperature, settings.top_k, settings.top_p)
+    codes, logprobs = extension().draw(logits.numpy(), seeds, 7, 3, *how)
     return torch.from_numpy(codes), torch.from_numpy(logprobs)
 
 
@@ -217,13 +210,8 @@ def test_draw(benchmark: BenchmarkFixture, report: Report, kind: str, rows: int,
     assert torch.equal(ours[0], plain[0])
     assert rms(ours[1] - exact) <= 2 * rms(plain[1] - exact)
     call = engine_draw if arm == "siren" else plain_draw
-    report.time(
-        benchmark,
-        f"draw {kind}, {rows} rows",
-        arm,
-        lambda: call(logits[:rows], list(range(rows)), settings),
-        rounds=200,
-    )
+    given = (logits[:rows], list(range(rows)), settings)
+    report.time(benchmark, f"draw {kind}, {rows} rows", arm, lambda: call(*given), rounds=200)
 
 
 # ---- residual decoders and prefill ----------------------------------------------------------------------------------
@@ -274,11 +262,10 @@ def test_residual(benchmark: BenchmarkFixture, report: Report, decoder: tuple[st
     """The residual decoders of one frame: six experts, two codes each; a decoder's weights are read for each code."""
     arm, made = decoder
     given = inputs(batch)
-    moved = arms.moved_bytes(CONFIG, arm.split("-")[1], batch, 0, 0)
-    report.time(
-        benchmark, f"residual decoders of a frame, batch {batch}", arm,
-        lambda: made.residual(*given, SamplingSettings()), rounds=10, weight_bytes=moved["residual decoders"] + moved["heads"], flush=True,
-    )  # fmt: skip
+    parts = arms.moved_bytes(CONFIG, arm.split("-")[1], batch, 0, 0)
+    moved = parts["residual decoders"] + parts["heads"]
+    name = f"residual decoders of a frame, batch {batch}"
+    report.time(benchmark, name, arm, lambda: made.residual(*given, SamplingSettings()), 10, moved, flush=True)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -287,9 +274,9 @@ def test_prefill(benchmark: BenchmarkFixture, report: Report, decoder: tuple[str
     arm, made = decoder
     prompt, mask = arms.random_prompts(CONFIG, batch, TOKENS)
     seeds = np.arange(batch, dtype=np.uint64)
-    rows = CONFIG.num_experts * (2 * CONFIG.spatial_layers + 1) * CONFIG.dim
+    matrices = CONFIG.num_experts * (2 * CONFIG.spatial_layers + 1) * CONFIG.dim * CONFIG.prompt_dim
+    moved = matrices * arms.BYTES[arm.split("-")[1]]
+    name = f"prefill of {TOKENS} tokens, batch {batch}"
     report.time(
-        benchmark, f"prefill of {TOKENS} tokens, batch {batch}", arm,
-        lambda: made.start(prompt, mask, seeds, SamplingSettings()),
-        rounds=10, weight_bytes=rows * CONFIG.prompt_dim * arms.BYTES[arm.split("-")[1]], flush=True,
-    )  # fmt: skip
+        benchmark, name, arm, lambda: made.start(prompt, mask, seeds, SamplingSettings()), 10, moved, flush=True
+    )

@@ -175,8 +175,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="siren-memory-") as temporary:
         target = folder if folder is not None else Path(temporary) / "checkpoint"
         about["checkpoint_bytes"] = make_checkpoint(target, config)
-        size = f"{config.spatial_layers} + {config.factorized_layers} blocks, {about['checkpoint_bytes'] / 1e9:.2f} GB in files"
-        print(f"{preset}, {size}; {about['cpu']}, {threads} threads, {frames} frames", flush=True)
+        model = f"{preset}, {config.spatial_layers} + {config.factorized_layers} blocks"
+        written = f"{about['checkpoint_bytes'] / 1e9:.2f} GB in files"
+        print(f"{model}, {written}; {about['cpu']}, {threads} threads, {frames} frames", flush=True)
         rows = []
         for kind in kinds:
             rows.append(in_fresh_process(target, kind, frames, tokens, threads))
