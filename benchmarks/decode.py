@@ -229,6 +229,7 @@ def run(
     check_memory(config, names, batches)
 
     about = {**machine.describe(), "preset": preset, "threads": threads, "prompt_tokens": tokens}
+    about["command"] = " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]])
     print(f"{about['cpu']}, {threads} threads, {about['instructions']}, torch {about['torch']}; {preset}")
     print("gate, teacher forced at these widths with one block of each kind:")
     for line in decoders.check(config, threads, names):

@@ -71,7 +71,7 @@ def default_threads() -> int:
 
 
 def check_memory(config: SirenConfig, weights: str) -> None:
-    """Raise BackendError if the packed weights cannot fit: better than a process that the system kills while loading."""
+    """Raise BackendError if the weights cannot fit: better than a process that the system kills while loading."""
     needed = config.num_experts * sum(math.prod(shape) for shape in expected_shapes(config).values()) * _BYTES[weights]
     try:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -80,9 +80,8 @@ def check_memory(config: SirenConfig, weights: str) -> None:
         return
     if needed > free:
         lighter = "" if weights == "int8" else "; weights='int8' need less"
-        raise BackendError(
-            f"{weights} weights of this model need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free{lighter}"
-        )
+        sizes = f"need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+        raise BackendError(f"{weights} weights of this model {sizes}{lighter}")
 
 
 def _engine_config(config: SirenConfig) -> dict[str, Any]:
