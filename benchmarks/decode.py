@@ -1,8 +1,8 @@
 """Milliseconds a frame of every decoder on this machine, in one interleaved run, with the read bandwidth beside them.
 
-    python benchmarks/decode.py                               1.6B, batch 1 and 8: naive and compiled bf16, bf16, int8
+    python benchmarks/decode.py                  1.6B, batch 1 and 8: naive and compiled bf16, ours in bf16 and int8
     python benchmarks/decode.py --preset siren-3.1b --arms siren-bf16,siren-int8 --batch 1
-    python benchmarks/decode.py --arms siren-bf16,siren-int8 --batch 1 --frames 50 --rounds 29 --windows 250,500,1000
+    python benchmarks/decode.py --arms siren-bf16 --batch 1 --frames 50 --rounds 29 --windows 250,500,1000
 
 A correctness gate comes first (arms.check); nothing is timed when it is red. Then, for each batch size, rounds: the
 read bandwidth, and `--frames` frames of every arm, one arm after another, so that noise of the machine hits all alike. The

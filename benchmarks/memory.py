@@ -33,8 +33,7 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-import siren
-from siren import SirenConfig, SirenError
+from siren import Sampler, SirenConfig, SirenError
 from siren.checkpoint import expected_shapes, read_manifest, save_checkpoint
 from siren.engine import default_threads
 from siren.errors import BackendError, CheckpointError, InputError
@@ -71,7 +70,7 @@ def measure(folder: Path, weights: str, frames: int, tokens: int, threads: int) 
     before = machine.private_bytes()
     start = time.perf_counter()
     with PeakMemory() as loading:
-        sampler = siren.Sampler.from_pretrained(folder, backend="cpu", weights=weights, threads=threads)
+        sampler = Sampler.from_pretrained(folder, backend="cpu", weights=weights, threads=threads)
     seconds = time.perf_counter() - start
     loaded = machine.private_bytes()
     prompt, mask = arms.random_prompts(sampler.config, 1, tokens)
@@ -123,7 +122,7 @@ def make_checkpoint(folder: Path, config: SirenConfig) -> int:
         free = shutil.disk_usage(folder.parent).free
         if free < 1.01 * needed:
             raise InputError(
-                f"the checkpoint needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB left: name a "
+                f"the checkpoint needs {needed / 1e9:.2f} GB and {folder.parent} has {free / 1e9:.2f} GB left: name a "
                 "--folder on another disk, or use a smaller --preset or --blocks"
             )
         start = time.perf_counter()

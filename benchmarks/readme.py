@@ -18,14 +18,12 @@ def decode_section() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("decode-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         about = result["about"]
-        bandwidth = ", ".join(
-            f"{value['median']:.1f} GB/s at batch {size}" for size, value in result["read_gb_per_s"].items()
-        )
-        parts.append(
-            f"{about['preset']}, {about['cpu']}, {about['threads']} threads, {about['instructions']}, torch {about['torch']}, "
-            f"{about['date'][:10]}, commit {about['commit']}. Read bandwidth {bandwidth}. `{about['command']}`\n\n"
-            f"{table(result['rows'])}"
-        )
+        measured = result["read_gb_per_s"].items()
+        bandwidth = ", ".join(f"{value['median']:.1f} GB/s at batch {size}" for size, value in measured)
+        machine = f"{about['cpu']}, {about['threads']} threads, {about['instructions']}, torch {about['torch']}"
+        when = f"{about['date'][:10]}, commit {about['commit']}"
+        head = f"{about['preset']}, {machine}, {when}. Read bandwidth {bandwidth}. `{about['command']}`"
+        parts.append(f"{head}\n\n{table(result['rows'])}")
     return "\n\n".join(parts)
 
 

@@ -86,16 +86,23 @@ INLINE float sum_lanes(vf v) {
 
 template <int B>
 INLINE void dot_f32(const uint8_t* w, const uint8_t* x, size_t x_stride, int depth, vf (&acc)[B][NV]) {
-  for (int k = 0; k < depth; ++k, w += kRowBlock * 4) {
-    __builtin_prefetch(w + 2048);
-    __builtin_prefetch(w + 2048 + 64);
-    vf weight[NV];
-    for (int i = 0; i < NV; ++i) weight[i] = load<vf>(w + i * sizeof(vf));
-    for (int b = 0; b < B; ++b) {
-      float value;
-      memcpy(&value, x + b * x_stride + k * 4, 4);
-      for (int i = 0; i < NV; ++i) acc[b][i] += weight[i] * value;
+  // Sums of 256 products, then their sum: one running sum over 2816 columns erred up to 3.7 times as much as PyTorch.
+  for (int group = 0; group < depth; group += 256) {
+    vf sum[B][NV] = {};
+    const int end = group + 256 < depth ? group + 256 : depth;
+    for (int k = group; k < end; ++k, w += kRowBlock * 4) {
+      __builtin_prefetch(w + 2048);
+      __builtin_prefetch(w + 2048 + 64);
+      vf weight[NV];
+      for (int i = 0; i < NV; ++i) weight[i] = load<vf>(w + i * sizeof(vf));
+      for (int b = 0; b < B; ++b) {
+        float value;
+        memcpy(&value, x + b * x_stride + k * 4, 4);
+        for (int i = 0; i < NV; ++i) sum[b][i] += weight[i] * value;
+      }
     }
+    for (int b = 0; b < B; ++b)
+      for (int i = 0; i < NV; ++i) acc[b][i] += sum[b][i];
   }
 }
 
