@@ -5,10 +5,10 @@
     python benchmarks/decode.py --arms siren-bf16 --batch 1 --frames 50 --rounds 29 --windows 250,500,1000
 
 A correctness gate comes first (arms.check); nothing is timed when it is red. Then, for each batch size, rounds: the
-read bandwidth, and `--frames` frames of every arm, one arm after another, so that noise of the machine hits all alike. The
-first round warms up and is dropped. The table says for each arm the median frame, the 10th to 90th percentile, how many
-times real time that is (a frame is 20 ms of sound; B clips at once), the ratio to naive bf16, the bytes that must be
-moved, and the share of the bandwidth that this is: bytes / (time x bandwidth measured in the same run).
+read bandwidth, and `--frames` frames of every arm, one arm after another, so that the machine's noise hits all alike.
+The first round warms up and is dropped. The table says for each arm the median frame, the 10th to 90th percentile, how
+many times real time that is (a frame is 20 ms of sound; B clips at once), the ratio to naive bf16, the bytes that must
+be moved, and the share of the bandwidth that this is: bytes / (time x bandwidth measured in the same run).
 """
 
 from __future__ import annotations
