@@ -14,7 +14,7 @@ namespace siren {
 struct SamplingSettings {
   float temperature = 1.0f;  // 0: greedy, the lowest index wins a tie
   int top_k = 0;             // 0: all
-  float top_p = 1.0f;
+  double top_p = 1.0;
   float guidance = 1.0f;
 };
 
@@ -36,29 +36,29 @@ inline void gumbel_noise(uint64_t seed, uint32_t frame, uint32_t codebook, int n
 }
 
 // Marks what top-k, then top-p, allow. `order` is scratch. Scaled logits, descending; the lower index wins a tie.
-inline void truncate(const float* scaled, int n, int top_k, float top_p, std::vector<int>& order,
+inline void truncate(const float* scaled, int n, int top_k, double top_p, std::vector<int>& order,
                      std::vector<uint8_t>& allowed) {
-  order.resize(n);
   for (int v = 0; v < n; ++v) order[v] = v;
   const auto above = [scaled](int a, int b) { return scaled[a] > scaled[b] || (scaled[a] == scaled[b] && a < b); };
   int keep = top_k > 0 ? std::min(top_k, n) : n;
   std::partial_sort(order.begin(), order.begin() + keep, order.end(), above);
-  if (top_p < 1.0f) {
+  if (top_p < 1.0) {
     double total = 0;
     for (int i = 0; i < keep; ++i) total += std::exp(static_cast<double>(scaled[order[i]] - scaled[order[0]]));
     double reached = 0;
     int i = 0;
-    while (i < keep && reached < static_cast<double>(top_p) * total) {
+    while (i < keep && reached < top_p * total) {
       reached += std::exp(static_cast<double>(scaled[order[i]] - scaled[order[0]]));
       ++i;
     }
     keep = std::max(i, 1);
   }
-  allowed.assign(n, 0);
+  std::fill(allowed.begin(), allowed.end(), uint8_t{0});
   for (int i = 0; i < keep; ++i) allowed[order[i]] = 1;
 }
 
 struct DrawScratch {
+  explicit DrawScratch(int codes) : scaled(codes), order(codes), allowed(codes) {}
   std::vector<float> scaled;
   std::vector<int> order;
   std::vector<uint8_t> allowed;
@@ -67,7 +67,6 @@ struct DrawScratch {
 // forced >= 0: that code is taken and only its log-probability is computed. noise may be null when greedy or forced.
 inline Draw draw(const float* logits, int n, const float* noise, const SamplingSettings& settings, int forced,
                  DrawScratch& scratch) {
-  scratch.scaled.resize(n);
   float* scaled = scratch.scaled.data();
   const float temperature = settings.temperature > 0 ? settings.temperature : 1.0f;
   float largest = -std::numeric_limits<float>::infinity();
@@ -84,7 +83,7 @@ inline Draw draw(const float* logits, int n, const float* noise, const SamplingS
   int code = forced;
   if (forced < 0) {
     const bool greedy = settings.temperature == 0;
-    const bool truncated = !greedy && (settings.top_k > 0 || settings.top_p < 1.0f);
+    const bool truncated = !greedy && (settings.top_k > 0 || settings.top_p < 1.0);
     if (truncated) truncate(scaled, n, settings.top_k, settings.top_p, scratch.order, scratch.allowed);
     float best = -std::numeric_limits<float>::infinity();
     for (int v = 0; v < n; ++v) {

@@ -156,7 +156,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("check_complete", &Engine::check_complete)
       .def("start",
            [](const std::shared_ptr<Engine>& engine, const Array<float>& prompts, const Array<uint8_t>& mask,
-              const std::vector<uint64_t>& seeds, float temperature, int top_k, float top_p, float guidance) {
+              const std::vector<uint64_t>& seeds, float temperature, int top_k, double top_p, float guidance) {
              const ModelConfig& c = engine->config();
              engine->check_complete();
              if (prompts.ndim() != 3 || prompts.shape(0) < 1 || prompts.shape(1) < 1 || prompts.shape(1) > c.max_prompt)
@@ -178,7 +178,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("top_k"), py::arg("top_p"), py::arg("guidance"))
       .def("residual",
            [](const Engine& engine, const Array<float>& h, const Array<float>& start, const std::vector<uint64_t>& seeds,
-              const Array<int64_t>& frame, float temperature, int top_k, float top_p) {
+              const Array<int64_t>& frame, float temperature, int top_k, double top_p) {
              const ModelConfig& c = engine.config();
              engine.check_complete();
              const int sequences = static_cast<int>(seeds.size());

@@ -29,7 +29,7 @@ inline const T* expect(const Array<T>& array, const char* name, const std::vecto
   return array.data();
 }
 
-inline SamplingSettings settings_of(float temperature, int top_k, float top_p, float guidance) {
+inline SamplingSettings settings_of(float temperature, int top_k, double top_p, float guidance) {
   if (!(temperature >= 0) || top_k < 0 || !(top_p > 0) || !std::isfinite(guidance))
     throw std::invalid_argument("sampling settings out of range");
   return {temperature, top_k, top_p, guidance};

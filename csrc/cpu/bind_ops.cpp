@@ -63,7 +63,7 @@ class PackedMatrix {
 };
 
 py::tuple draw_rows(const Array<float>& logits, const std::vector<uint64_t>& seeds, uint32_t frame, uint32_t codebook,
-                    float temperature, int top_k, float top_p) {
+                    float temperature, int top_k, double top_p) {
   if (logits.ndim() != 2 || logits.shape(1) < 1 || static_cast<size_t>(logits.shape(0)) != seeds.size())
     throw std::invalid_argument("logits must be [seeds, codes]");
   const SamplingSettings settings = settings_of(temperature, top_k, top_p, 1.0f);
@@ -71,7 +71,7 @@ py::tuple draw_rows(const Array<float>& logits, const std::vector<uint64_t>& see
   py::array_t<int64_t> codes(seeds.size());
   py::array_t<float> logprobs(seeds.size());
   std::vector<float> noise(n);
-  DrawScratch scratch;
+  DrawScratch scratch(n);
   for (size_t s = 0; s < seeds.size(); ++s) {
     gumbel_noise(seeds[s], frame, codebook, n, noise.data());
     const Draw drawn = draw(logits.data() + s * n, n, noise.data(), settings, -1, scratch);

@@ -133,6 +133,7 @@ class Session {
   std::vector<uint64_t> seeds_;
   std::vector<std::shared_ptr<Prompt>> prompts_;        // per row
   std::vector<std::vector<Page>> pages_;                // per row
+  std::vector<std::vector<const uint8_t*>> page_data_;  // their addresses, for the frame under way
   std::unique_ptr<Workspace> work_;
   std::unique_ptr<Residual> residual_;
   Buffer sums_, next_sums_;                             // [expert][sequence][dim_stride]

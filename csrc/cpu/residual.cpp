@@ -16,7 +16,7 @@ Residual::Residual(const Engine& engine, int sequences, bool guided, const Sampl
   const ModelConfig& config = engine.config();
   if (settings.temperature > 0)
     noise_ = Buffer(sizeof(float) * sequences * config.codebooks * config.codes);
-  scratch_.resize(engine.threads());
+  scratch_.assign(engine.threads(), DrawScratch(config.codes));
   mixed_.assign(engine.threads(), std::vector<float>(config.codes));
   scores_.assign(engine.threads(), std::vector<float>(round_up(config.positions(), kPage)));
   bad_codebook_.assign(sequences, -1);

@@ -177,6 +177,11 @@ void Session::extend_cache() {
       row.back() = std::move(copy);
     }
   }
+  page_data_.resize(pages_.size());
+  for (size_t r = 0; r < pages_.size(); ++r) {
+    page_data_[r].clear();
+    for (const Page& page : pages_[r]) page_data_[r].push_back(page->data());
+  }
 }
 
 void Session::attend_prompt(int layer, int item, float* scores) {
@@ -201,10 +206,8 @@ void Session::attend_frames(int layer, int item, float* scores) {
   const float* key = q + (c.heads + g) * head_dim;
   const size_t offset = chunk_offset(layer, e, g);
   write_kv(kv, pages_[r].back()->data() + offset, kPage, static_cast<int>(frames_ % kPage), head_dim, key, key + c.kv_heads * head_dim);
-  std::vector<const uint8_t*> chunks;
-  for (const Page& page : pages_[r]) chunks.push_back(page->data());
   for (int h = g * group; h < (g + 1) * group; ++h)
-    engine_->kernels.attend({q + h * head_dim, chunks.data(), offset, kPage, static_cast<int>(frames_) + 1, head_dim, kv, scores,
+    engine_->kernels.attend({q + h * head_dim, page_data_[r].data(), offset, kPage, static_cast<int>(frames_) + 1, head_dim, kv, scores,
                              work_->a.floats() + at * work_->dim_stride + h * head_dim});
 }
 
