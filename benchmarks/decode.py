@@ -29,13 +29,14 @@ import torch
 import typer
 from tqdm import tqdm
 
-from siren import SirenConfig, SirenError
-from siren.engine import default_threads, extension
-from siren.errors import InputError
+from siren import SirenConfig
+from siren.engine import extension
+from siren.errors import InputError, SamplingError
 from siren.sampling import SamplingSettings
 
 FRAME_MS = 20.0
 READ_BYTES = 1 << 30
+FRAMES, ROUNDS, TOKENS = 5, 8, 20
 
 
 def quick_config() -> tuple[str, SirenConfig]:
@@ -92,8 +93,10 @@ def measure(
                     bar.update()
     for name, state in states.items():
         codes = state.codes
-        assert codes.min() >= 0 and codes.max() < config.codebook_size, f"{name} left the codebook"
-        assert bool(torch.isfinite(state.logprobs).all()), f"{name} gave a log-probability that is not finite"
+        if not 0 <= int(codes.min()) <= int(codes.max()) < config.codebook_size:
+            raise SamplingError(f"{name} sampled a code outside the codebook: no figure is given")
+        if not bool(torch.isfinite(state.logprobs).all()):
+            raise SamplingError(f"{name} gave a log-probability that is not finite: no figure is given")
     return times, bandwidths
 
 
@@ -194,15 +197,34 @@ def numbers(text: str, name: str, low: int, high: int) -> list[int]:
     return values
 
 
+def fit(config: SirenConfig, frames: int | None, rounds: int | None, tokens: int | None) -> tuple[int, int, int]:
+    """Frames a round, rounds and prompt tokens: what is None becomes its default, or the most that the model takes.
+
+    Raises InputError for a value that was given and does not fit.
+    """
+    limit, prompt_limit = config.max_seq_len, config.max_prompt_len
+    given = {"--frames": (frames, limit), "--rounds": (rounds, limit), "--tokens": (tokens, prompt_limit)}
+    for name, (value, most) in given.items():
+        if value is not None:
+            numbers(str(value), name, 1, most)
+    if rounds is None:
+        rounds = max(1, min(ROUNDS, limit // (frames or 1) - 1))
+    if frames is None:
+        frames = max(1, min(FRAMES, limit // (rounds + 1)))
+    if (rounds + 1) * frames > limit:
+        raise InputError(f"{rounds} + 1 rounds of {frames} frames exceed the model's {limit} frames")
+    return frames, rounds, tokens or min(TOKENS, prompt_limit)
+
+
 def run(
     preset: Annotated[str, typer.Option(help="siren-1.6b, siren-3.1b or tiny")] = "siren-1.6b",
     arms: Annotated[
         str, typer.Option(help="any of " + ", ".join(decoders.ARMS))
     ] = "naive-bf16,compile-bf16,siren-bf16,siren-int8",
     batch: Annotated[str, typer.Option(help="batch sizes, with commas between")] = "1,8",
-    frames: Annotated[int, typer.Option(help="frames of each arm in a round")] = 5,
-    rounds: Annotated[int, typer.Option(help="rounds that count")] = 8,
-    tokens: Annotated[int, typer.Option(help="prompt tokens")] = 20,
+    frames: Annotated[int | None, typer.Option(help="frames of each arm in a round; 5, or what fits")] = None,
+    rounds: Annotated[int | None, typer.Option(help="rounds that count; 8, or what fits")] = None,
+    tokens: Annotated[int | None, typer.Option(help="prompt tokens; 20, or what fits")] = None,
     threads: Annotated[int, typer.Option(help="threads of the engine and of PyTorch; 0: all cores")] = 0,
     windows: Annotated[str, typer.Option(help="frame numbers at which to cut the clip into rows of their own")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="two minutes: naive bf16, bf16 and int8 at batch 1")] = False,
@@ -219,19 +241,17 @@ def run(
     if unknown or len(set(names)) != len(names):
         raise InputError(f"--arms must be different ones of {', '.join(decoders.ARMS)}, not {arms!r}")
     batches = numbers(batch, "--batch", 1, 64)
-    frames, rounds = numbers(str(frames), "--frames", 1, 10000)[0], numbers(str(rounds), "--rounds", 1, 10000)[0]
-    tokens = numbers(str(tokens), "--tokens", 1, config.max_prompt_len)[0]
+    frames, rounds, tokens = fit(config, frames, rounds, tokens)
     edges = numbers(windows, "--windows", 1, config.max_seq_len) if windows else []
-    if (rounds + 1) * frames > config.max_seq_len:
-        raise InputError(f"{rounds} + 1 rounds of {frames} frames exceed the model's {config.max_seq_len} frames")
-    threads = threads or default_threads()
+    threads = machine.thread_count(threads)
     torch.set_num_threads(threads)
     check_memory(config, names, batches)
 
     about = {**machine.describe(), "preset": preset, "threads": threads, "prompt_tokens": tokens}
     about["command"] = " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]])
     print(f"{about['cpu']}, {threads} threads, {about['instructions']}, torch {about['torch']}; {preset}")
-    print("gate, teacher forced at these widths with one block of each kind:")
+    print(f"{rounds} rounds of {frames} frames after one that warms up, {tokens} prompt tokens")
+    print("gate, at these widths with one block of each kind:")
     for line in decoders.check(config, threads, names):
         print("  " + line)
 
@@ -267,15 +287,5 @@ def run(
         print(f"wrote {picture}")
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app()
-    except SirenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    machine.main(run)

@@ -1,17 +1,41 @@
-"""What a result was measured on, and how much memory is free for it."""
+"""What the benchmarks share: their command line, what a result was measured on, and the memory that is free for it."""
 
 from __future__ import annotations
 
 import datetime
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 import siren
 from siren.engine import default_threads, instruction_path
+from siren.errors import InputError, SirenError
+
+MOST_THREADS = 256
+
+
+def main(run: Callable[..., None]) -> None:
+    """The arguments of `run` as a command line; an error of Siren's is one line and exit code 2."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(run)
+    try:
+        app()
+    except SirenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def thread_count(threads: int) -> int:
+    """What --threads means: 0 is every core that this process may use."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise InputError(f"--threads must be from 0 (all cores) to {MOST_THREADS}, not {threads}")
+    return threads or default_threads()
 
 
 def describe() -> dict[str, Any]:

@@ -33,10 +33,9 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from siren import Sampler, SirenConfig, SirenError
+from siren import Sampler, SirenConfig
 from siren.checkpoint import expected_shapes, read_manifest, save_checkpoint
-from siren.engine import default_threads
-from siren.errors import BackendError, CheckpointError, InputError
+from siren.errors import BackendError, CheckpointError, InputError, SamplingError
 
 WEIGHTS = ("fp32", "bf16", "int8")
 
@@ -76,7 +75,8 @@ def measure(folder: Path, weights: str, frames: int, tokens: int, threads: int) 
     prompt, mask = arms.random_prompts(sampler.config, 1, tokens)
     with PeakMemory() as sampling:
         codes = sampler.sample(prompt, mask, frames=frames).codes
-    assert codes.shape[-1] == frames
+    if codes.shape[-1] != frames:
+        raise SamplingError(f"{codes.shape[-1]} frames came for {frames} that were asked for")
     about = sampler.describe()
     peak = max(loading.bytes, sampling.bytes)
     return {
@@ -148,7 +148,7 @@ def run(
     weights: Annotated[str, typer.Option(help="weight types, with commas between")] = "bf16,int8",
     frames: Annotated[int, typer.Option(min=1, help="frames to sample")] = 100,
     tokens: Annotated[int, typer.Option(min=1, help="prompt tokens")] = 20,
-    threads: Annotated[int, typer.Option(min=0, help="0: all cores")] = 0,
+    threads: Annotated[int, typer.Option(help="0: all cores")] = 0,
     limit: Annotated[float, typer.Option(help="growth that is allowed, as a multiple of the weights")] = 1.15,
     folder: Annotated[Path | None, typer.Option(help="keep the checkpoint here, and use it if it is there")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
@@ -169,7 +169,7 @@ def run(
     free = machine.available_bytes()
     if free and needed > free:
         raise InputError(f"this needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: use fewer --blocks")
-    threads = threads or default_threads()
+    threads = machine.thread_count(threads)
     about = {**machine.describe(), "preset": preset, "blocks": [config.spatial_layers, config.factorized_layers]}
     with tempfile.TemporaryDirectory(prefix="siren-memory-") as temporary:
         target = folder if folder is not None else Path(temporary) / "checkpoint"
@@ -194,15 +194,5 @@ def run(
         raise SystemExit(1)
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app()
-    except SirenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    machine.main(run)

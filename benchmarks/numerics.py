@@ -31,9 +31,9 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from siren import SirenConfig, SirenError
+from siren import SirenConfig
 from siren.checkpoint import iter_tensors, read_manifest
-from siren.engine import CpuDecoder, default_threads, instruction_path
+from siren.engine import CpuDecoder, instruction_path
 from siren.errors import BackendError, InputError
 from siren.expert import Expert
 from siren.reference import ReferenceDecoder
@@ -190,12 +190,12 @@ def run(
     paths: Annotated[
         str, typer.Option(help="instruction paths, with commas between; all: those that run here")
     ] = "all",
-    threads: Annotated[int, typer.Option(min=0, help="of the engine and of PyTorch; 0: all cores")] = 0,
+    threads: Annotated[int, typer.Option(help="of the engine and of PyTorch; 0: all cores")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Compare the engine's logits with fp32's."""
     kinds = chosen(weights, "--weights", WEIGHTS)
-    threads = threads or default_threads()
+    threads = machine.thread_count(threads)
     torch.set_num_threads(threads)
     about = {**machine.describe(), "threads": threads}
     names = available_paths() if paths == "all" else chosen(paths, "--paths", PATHS)
@@ -224,15 +224,5 @@ def run(
         raise SystemExit(1)
 
 
-def main() -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app()
-    except SirenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 if __name__ == "__main__":
-    main()
+    machine.main(run)

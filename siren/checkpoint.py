@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,16 @@ from .manifest import (
     read_manifest,
 )
 
-__all__ = ["ExpertEntry", "Manifest", "expected_shapes", "iter_tensors", "read_manifest", "save_checkpoint"]
+__all__ = [
+    "ExpertEntry",
+    "Manifest",
+    "expected_shapes",
+    "iter_tensors",
+    "read_manifest",
+    "replace_folder",
+    "save_checkpoint",
+    "sync",
+]
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -158,28 +167,42 @@ def save_checkpoint(
     renames NAME is missing and `read_manifest` and the next save find `.NAME.previous`. A killed save may leave a
     `.NAME.saving-*` folder, which can be deleted. Raises CheckpointError, having removed what it wrote.
     """
-    target, temporary = Path(folder), None
+    replace_folder(
+        Path(folder),
+        "manifest.json",
+        _check_replaceable,
+        lambda temporary: _write(temporary, config, experts, codec_folder, prompt_encoder),
+    )
+
+
+def replace_folder(target: Path, marker: str, check: Callable[[Path], None], write: Callable[[Path], None]) -> None:
+    """Put a folder that `write` fills and syncs in the place of `target`, unless `check(target)` raises.
+
+    See `save_checkpoint` for what a kill leaves. `marker` is a file that every whole folder holds: it goes first when
+    the old folder is deleted, so that one half removed is never taken for a whole one. Raises CheckpointError.
+    """
+    temporary = None
     try:
         target = target.expanduser().resolve()
         previous = previous_version(target)
-        if not target.exists() and (previous / "manifest.json").is_file():
+        if not target.exists() and (previous / marker).is_file():
             previous.rename(target)
-        _check_replaceable(target)
+        check(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.saving-{secrets.token_hex(4)}")
         temporary.mkdir()
-        _write(temporary, config, experts, codec_folder, prompt_encoder)
+        write(temporary)
         try:
             if target.exists():
-                _delete(previous)
+                _delete(previous, marker)
                 target.rename(previous)
             temporary.rename(target)
         except BaseException:
             if not target.exists() and previous.exists():
                 previous.rename(target)
             raise
-        _sync(target.parent)
-        _delete(previous)
+        sync(target.parent)
+        _delete(previous, marker)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         if isinstance(error, SirenError):
             raise
@@ -242,10 +265,10 @@ def _write(
     elif prompt_encoder is not None:
         manifest["prompt_encoder"] = check_prompt_encoder(folder, folder / "manifest.json", prompt_encoder)
     for path in folder.rglob("*"):
-        _sync(path)
+        sync(path)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _sync(folder / "manifest.json")
-    _sync(folder)
+    sync(folder / "manifest.json")
+    sync(folder)
 
 
 def _sha256(data: bytes) -> str:
@@ -267,7 +290,8 @@ def _copy(source: Path, target: Path) -> None:
             path.chmod(path.stat().st_mode | stat.S_IRWXU)  # a read-only source would leave a copy nobody can delete
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -275,8 +299,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _delete(folder: Path) -> None:
-    """Remove a checkpoint folder, manifest first, so that one half removed is never taken for a whole one."""
-    (folder / "manifest.json").unlink(missing_ok=True)
+def _delete(folder: Path, marker: str) -> None:
+    (folder / marker).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

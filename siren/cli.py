@@ -10,11 +10,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .errors import InputError, MissingDependencyError, SirenError
+
+if TYPE_CHECKING:
+    from .audio import Audio
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -37,7 +40,7 @@ def generate(
         str | None, typer.Option(metavar="[PATH.png]", help="Draw the sound too; without a path, beside it.")
     ] = None,
     out_dir: Annotated[Path | None, typer.Option(help="Folder for the clips of a .jsonl file.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips of a .jsonl file decoded together.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Clips decoded together: more are faster and need more memory.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in --out-dir.")] = False,
     backend: Annotated[str, typer.Option(help="auto, cpu or reference.")] = "auto",
     weights: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "bf16",
@@ -49,21 +52,21 @@ def generate(
 
     A line of the file is {"prompt": "..."} and, if wanted, "id" (it names the files), "seed" and "seconds".
     """
-    if n < 1:
-        raise InputError(f"--n must be at least 1, not {n}")
-    if picture is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingDependencyError("pictures need matplotlib: pip install 'siren[pictures]'")
-    if out_dir is None:
-        out = _check_out(source, out, picture)
-    elif out is not None or picture not in (None, _BESIDE):
-        raise InputError("with --out-dir name no other file; clips and pictures are named by the ids of the lines")
-    if model is None:
-        raise InputError("no model: pass --model FOLDER; `siren init FOLDER` makes one with random weights to try")
-
+    from .generate import MAX_CLIPS, check_whole
     from .generate import generate as generate_audio
     from .jsonl import generate_jobs, read_jobs
     from .manifest import read_manifest
     from .sampling import SamplingSettings
+
+    check_whole("--n", n, MAX_CLIPS)
+    if picture is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError("pictures need matplotlib: pip install 'siren[pictures]'")
+    if out_dir is None:
+        targets = _check_out(source, out, picture, n)
+    elif out is not None or picture not in (None, _BESIDE):
+        raise InputError("with --out-dir name no other file; clips and pictures are named by the ids of the lines")
+    if model is None:
+        raise InputError("no model: pass --model FOLDER; `siren init FOLDER` makes one with random weights to try")
 
     settings = SamplingSettings(temperature, top_k, top_p, guidance_scale)
     if out_dir is not None:
@@ -102,15 +105,11 @@ def generate(
         backend=backend,
         weights=weights,
         threads=threads,
+        batch_size=batch_size,
     )
-    assert out is not None
-    for i, path in enumerate(audio.save(out)):
-        typer.echo(str(path))
-        if picture is not None:
-            drawn = path.with_suffix(".png")
-            if picture != _BESIDE:
-                drawn = Path(picture) if n == 1 else Path(picture).with_stem(f"{Path(picture).stem}-{i}")
-            typer.echo(str(audio.picture(drawn, i)))
+    _save(audio, targets)
+    for paths in targets:
+        typer.echo("\n".join(map(str, paths)))
 
 
 @app.command()
@@ -167,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except Exception as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch's is a RuntimeError
+            _fail("not enough memory: ask for fewer or shorter clips, or use a smaller --batch-size or model")
         if not hasattr(error, "format_message"):  # click's errors of usage; typer may carry a click of its own
             raise
         _fail(error.format_message())
@@ -191,21 +192,57 @@ def _picture_path(arguments: list[str]) -> list[str]:
     return given
 
 
-def _check_out(prompt: str, out: Path | None, picture: str | None) -> Path:
-    """The sound file of a single prompt; it and the picture are checked before any work is done."""
+def _check_out(prompt: str, out: Path | None, picture: str | None, n: int) -> list[list[Path]]:
+    """The files of each clip, sound first, of a single prompt; all are checked before any work is done."""
+    named_file = prompt.lower().endswith(".jsonl")
     if out is None:
-        missing = "--out-dir FOLDER" if prompt.lower().endswith(".jsonl") else "OUT.wav"
-        raise InputError(f"nowhere to write to: add {missing}")
-    out = out.expanduser()
+        raise InputError(f"nowhere to write to: add {'--out-dir FOLDER' if named_file else 'OUT.wav'}")
+    if named_file and _expanded(Path(prompt)).is_file():
+        raise InputError(f"{prompt} is a file of prompts: give --out-dir FOLDER in place of {out}")
     if out.suffix.lower() not in (".wav", ".flac"):
         raise InputError(f"{out} must end in .wav or .flac")
-    drawn = [] if picture is None or picture == _BESIDE else [Path(picture).expanduser()]
-    for path in (out, *drawn):
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent} is not a folder; make it first")
+    targets = [[path] for path in _numbered(out, n)]
+    if picture == _BESIDE:
+        targets = [[path, path.with_suffix(".png")] for [path] in targets]
+    elif picture is not None:
+        targets = [[path, drawn] for [path], drawn in zip(targets, _numbered(Path(picture), n), strict=True)]
+    from .jsonl import check_folder
+
+    for folder in {path.parent for path in targets[0]}:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; make it first")
+        check_folder(folder)
+    for path in (path for paths in targets for path in paths):
         if path.is_dir():
             raise InputError(f"{path} is a folder")
-    return out
+    return targets
+
+
+def _numbered(path: Path, n: int) -> list[Path]:
+    """The path itself, or rain-0.wav, rain-1.wav and so on, as `Audio.save` names them."""
+    path = _expanded(path)
+    return [path] if n == 1 else [path.with_stem(f"{path.stem}-{i:0{len(str(n - 1))}}") for i in range(n)]
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~ of a user that does not exist
+        raise InputError(f"{path} is not a path ({error})") from error
+
+
+def _save(audio: Audio, targets: list[list[Path]]) -> None:
+    """Write sound and pictures of every clip, all or none."""
+    from .audio import write_files
+    from .picture import draw_picture
+
+    contents = {}
+    for clip, (sound, *drawn) in zip(audio, targets, strict=True):
+        contents[sound] = clip._encode(0, sound.suffix[1:].upper())
+        contents |= {
+            path: draw_picture(clip.waveform[0, 0].numpy(), clip.sample_rate, clip.prompts[0]) for path in drawn
+        }
+    write_files(contents)
 
 
 if __name__ == "__main__":

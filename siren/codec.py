@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
+from .checkpoint import replace_folder
+from .checkpoint import sync
 from .descript import convert, read_descript
 from .errors import CheckpointError, InputError
 from .pretrained import (
@@ -179,40 +177,28 @@ class Codec:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a `DacModel` folder that transformers reads too. The folder appears whole or not at all.
 
-        An existing codec is replaced; a folder that holds anything else is refused. Raises CheckpointError.
+        An existing codec is replaced; a folder that holds anything else is refused. A save that was killed leaves the
+        old codec in its place or as `.NAME.previous`, which the next save finds. Raises CheckpointError.
         """
-        target = Path(folder).expanduser().absolute()
-        token = secrets.token_hex(4)
-        temporary, previous = (target.with_name(f".{target.name}.{kind}-{token}") for kind in ("saving", "previous"))
-        try:
-            others = {path.name for path in target.iterdir()} - {CONFIG, WEIGHTS} if target.exists() else set()
-            if others:
-                raise CheckpointError(f"{target} also holds {min(others)!r}; choose another folder for the codec")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir()
-            values = self.model.config.to_dict() | {"architectures": ["DacModel"]}
-            (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            write_weights(temporary, self.model.state_dict())
-            for path in (temporary / CONFIG, temporary / WEIGHTS, temporary):
-                _sync(path)
-            if target.exists():
-                target.rename(previous)
-            try:
-                temporary.rename(target)
-            except OSError:
-                if previous.exists():
-                    previous.rename(target)
-                raise
-            shutil.rmtree(previous, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"could not save the codec in {target}: {error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        replace_folder(Path(folder), CONFIG, _check_replaceable, self._write)
+
+    def _write(self, folder: Path) -> None:
+        values = self.model.config.to_dict() | {"architectures": ["DacModel"]}
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_weights(folder, self.model.state_dict())
+        for path in (folder / CONFIG, folder / WEIGHTS, folder):
+            sync(path)
 
     def _check_length(self, samples: int) -> None:
         if samples > MAX_SECONDS * self.sample_rate:
             seconds = samples / self.sample_rate
             raise InputError(f"a clip of {seconds:.1f} s is too long for one call; the limit is {MAX_SECONDS} s")
+
+
+def _check_replaceable(target: Path) -> None:
+    others = {path.name for path in target.iterdir()} - {CONFIG, WEIGHTS} if target.exists() else set()
+    if others:
+        raise CheckpointError(f"{target} also holds {min(others)!r}; choose another folder for the codec")
 
 
 def _check_config(values: dict[str, Any], where: str) -> Any:
@@ -257,11 +243,3 @@ def _check_tensor(name: str, value: Any, dtype: torch.dtype, device: torch.devic
         raise InputError(f"{name} must be {dtype}, not {value.dtype}")
     if value.device != device:
         raise InputError(f"{name} is on {value.device} but the codec is on {device}; move one with .to()")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -72,7 +72,9 @@ def default_threads() -> int:
 
 def check_memory(config: SirenConfig, weights: str) -> None:
     """Raise BackendError if the weights cannot fit: better than a process that the system kills while loading."""
-    needed = config.num_experts * sum(math.prod(shape) for shape in expected_shapes(config).values()) * _BYTES[weights]
+    parameters = config.num_experts * sum(math.prod(shape) for shape in expected_shapes(config).values())
+    positions = 4 * config.dim * max(config.max_seq_len, config.codes_per_expert + 1)
+    needed = parameters * _BYTES[weights] + positions
     try:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(meminfo["MemAvailable"].split()[0]) * 1024
@@ -159,6 +161,10 @@ class CpuDecoder:
                     self.engine.load(index, name, rows.numpy())
                 except ValueError as error:
                     raise CheckpointError(str(error)) from error
+                except RuntimeError as error:
+                    raise BackendError(
+                        f"the engine's threads cannot start ({error}): pass a smaller threads"
+                    ) from error
         count = max(config.max_seq_len, config.codes_per_expert + 1)
         self.engine.set_positions(sinusoidal_positions(count, config.dim).contiguous().numpy())
         try:
@@ -260,13 +266,18 @@ class CpuState:
         return torch.from_numpy(self._run(wanted.shape[-1], None, wanted.numpy()))
 
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
-        """Keep these sequences, in this order; `seeds` gives each a new seed."""
-        self._session.select(indices, [] if seeds is None else seeds.tolist())
+        """Keep these sequences, in this order; `seeds` gives each a new seed. An error leaves everything as it was."""
+        try:
+            self._session.select(indices, [] if seeds is None else seeds.tolist())
+        except MemoryError as error:
+            raise InputError(f"not enough memory for {len(indices)} sequences: keep fewer") from error
 
     def _run(self, frames: int, on_frame: Callable[[int, int], None] | None, forced: NDArray[np.int64] | None) -> Any:
         try:
             return self._session.step(frames, on_frame, forced)
         except self._bad_logits as error:
             raise SamplingError(str(error)) from error
+        except ValueError as error:
+            raise InputError(str(error)) from error
         except MemoryError as error:
             raise InputError(f"not enough memory for {frames} more frames of {self.batch} sequences") from error

@@ -5,6 +5,7 @@ Left out: reranking of several candidates, and streaming sound; `siren.Session` 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -16,13 +17,15 @@ import torch
 from .audio import Audio
 from .codec import MAX_SECONDS, Codec
 from .config import SirenConfig
-from .errors import InputError
+from .errors import InputError, SamplingError
 from .manifest import Manifest
 from .sampler import Sampler
 from .sampling import SamplingSettings, expand_seeds
 from .text import PromptEncoder
 
 MAX_BATCH = 64  # sequences decoded together; seeds make the result the same however they are grouped
+MAX_CLIPS = 10_000  # of one prompt
+_SAMPLED = 64  # values of a parameter that tell whether it changed
 
 
 @torch.no_grad()
@@ -43,17 +46,20 @@ def generate(
     backend: str = "auto",
     weights: str = "bf16",
     threads: int | None = None,
+    batch_size: int = MAX_BATCH,
 ) -> Audio:
     """One clip of `seconds` for each prompt, or `num_return_sequences` for each, those of one prompt side by side.
 
     `model` is a `siren.Siren`, whose sampler is made at the first call with `backend`, `weights` and `threads` and kept
-    until its parameters change; or a `Manifest`, whose weights are read after all checks; or a `siren.Sampler`. `codec`
-    and `encoder` default to those the checkpoint carries or names. An integer seed s gives clip i the seed s + i, a
-    list gives one for each clip. `progress` shows a bar on stderr; on_frame(done, total) is called after each frame.
-    Raises InputError before anything is sampled.
+    until its parameters change; or a `Manifest`, whose weights are read after all checks; or a `siren.Sampler`. (A
+    change made through `parameter.data` is seen by a sample of 64 values of each parameter: one that touches only other
+    values is missed.) `codec` and `encoder` default to those the checkpoint carries or names. An integer seed s gives
+    clip i the seed s + i, a list gives one for each clip. Up to `batch_size` clips (1 to 64) are decoded together; it
+    sets speed and memory, never the sound. `progress` shows a bar on stderr; on_frame(done, total) is called after each
+    frame. Raises InputError before anything is sampled, SamplingError naming the clip if the logits are not finite.
     """
-    if isinstance(num_return_sequences, bool) or not isinstance(num_return_sequences, int) or num_return_sequences < 1:
-        raise InputError(f"num_return_sequences must be a whole number from 1, not {num_return_sequences!r}")
+    check_whole("num_return_sequences", num_return_sequences, MAX_CLIPS)
+    check_whole("batch_size", batch_size, MAX_BATCH)
     SamplingSettings(temperature, top_k, top_p, guidance_scale)
     codec, encoder = find_codec(model, codec), find_encoder(model, encoder)
     frames = check_request(model.config, codec, encoder, prompts, seconds)
@@ -63,11 +69,11 @@ def generate(
 
     prompt, mask = encoder(texts, model.config.max_prompt_len)
     prompt, mask = (t.repeat_interleave(num_return_sequences, dim=0).cpu() for t in (prompt, mask))
-    total = frames * -(-len(seeds) // MAX_BATCH)
+    total = frames * -(-len(seeds) // batch_size)
     parts = []
     with _Progress(total, progress, on_frame) as tick:
-        for first in range(0, len(seeds), MAX_BATCH):
-            rows = slice(first, first + MAX_BATCH)
+        for first in range(0, len(seeds), batch_size):
+            rows = slice(first, first + batch_size)
             session = sampler.start(
                 prompt[rows],
                 mask[rows],
@@ -77,12 +83,25 @@ def generate(
                 top_p=top_p,
                 guidance_scale=guidance_scale,
             )
-            session.step(frames, on_frame=tick)
+            try:
+                session.step(frames, on_frame=tick)
+            except SamplingError as error:  # it counts from the first clip of this batch
+                raise SamplingError(_renumber(str(error), first)) from error
             parts.append((session.codes, session.logprobs))
     codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     waveform = codec.decode(codes.to(codec.device)).cpu()
     names = [text for text in texts for _ in range(num_return_sequences)]
     return Audio(waveform, codec.sample_rate, codes, logprobs, names)
+
+
+def check_whole(name: str, value: object, high: int) -> None:
+    """Raise InputError unless `value` is a whole number from 1 to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise InputError(f"{name} must be a whole number from 1 to {high}, not {value!r}")
+
+
+def _renumber(message: str, first: int) -> str:
+    return re.sub(r"\bsequence (\d+)", lambda match: f"sequence {int(match[1]) + first}", message, count=1)
 
 
 def check_request(
@@ -141,11 +160,20 @@ def find_sampler(model: Any, backend: str = "auto", weights: str = "bf16", threa
         return model
     if isinstance(model, Manifest):
         return Sampler(model, backend, weights, threads)
-    # An optimiser's step or load_state_dict changes a version, .to() the address: the sampler's copy is then stale.
-    state = tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())
-    key = (backend, weights, threads, state)
+    key = (backend, weights, threads, tuple(_fingerprint(parameter) for parameter in model.parameters()))
     found: Sampler = _kept(model, "sampler", key, lambda: Sampler(model, backend, weights, threads))
     return found
+
+
+def _fingerprint(parameter: torch.Tensor) -> tuple[int, int, float]:
+    """What differs once a parameter has changed and the sampler's copy is stale.
+
+    An optimiser's step or load_state_dict changes the version, .to() the address, and `parameter.data.copy_()`, the
+    usual way to swap in averaged weights, only the values.
+    """
+    flat = parameter.detach().reshape(-1)
+    some = flat[:: max(1, -(-flat.numel() // _SAMPLED))]
+    return parameter.data_ptr(), parameter._version, float(some.sum(dtype=torch.float64))
 
 
 class _Kept:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .audio import write_files
-from .errors import InputError, SirenError
-from .generate import MAX_BATCH, check_request, find_codec, find_encoder, find_sampler, generate
+from .errors import InputError, SamplingError, SirenError
+from .generate import MAX_BATCH, MAX_CLIPS, check_request, check_whole, find_codec, find_encoder, find_sampler, generate
 from .manifest import Manifest
 from .sampling import SamplingSettings, expand_seeds
 
@@ -44,6 +45,7 @@ def read_jobs(path: str | Path, seconds: float, seed: int, count: int) -> list[J
     `count` clips are meant for each. A line without an id is named by its number; prompt i of the file, if it says no
     seed, has seed + i * count. Raises InputError naming the line.
     """
+    check_whole("the number of clips for a prompt", count, MAX_CLIPS)
     path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
@@ -90,6 +92,15 @@ def _parse(line: str, where: str, defaults: dict[str, Any]) -> Job:
     return job
 
 
+def check_folder(folder: Path) -> None:
+    """Raise InputError for a folder that is none, cannot be made or cannot be written to. Makes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is not a folder; choose another path")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"no permission to write in {nearest}; choose another folder")
+
+
 def generate_jobs(
     jobs: list[Job],
     manifest: Manifest,
@@ -114,15 +125,15 @@ def generate_jobs(
     """
     from tqdm.auto import tqdm
 
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size <= MAX_BATCH:
-        raise InputError(f"batch size must be from 1 to {MAX_BATCH}, not {batch_size!r}")
+    check_whole("batch size", batch_size, MAX_BATCH)
     folder = Path(folder).expanduser()
-    if not overwrite:
-        ends = [".wav", ".png"] if pictures else [".wav"]
-        wanted = [f"{name}{end}" for job in jobs for name in job.names(count) for end in ends]
-        for name in (RESULTS, *wanted):
-            if (folder / name).exists():
-                raise InputError(f"{folder / name} exists; choose another folder, or pass --overwrite")
+    check_folder(folder)
+    ends = [".wav", ".png"] if pictures else [".wav"]
+    for name in (RESULTS, *(f"{name}{end}" for job in jobs for name in job.names(count) for end in ends)):
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a folder; move it away, or choose another --out-dir")
+        if not overwrite and (folder / name).exists():
+            raise InputError(f"{folder / name} exists; choose another folder, or pass --overwrite")
     sound, text = find_codec(manifest, codec), find_encoder(manifest, encoder)
     by_length: dict[int, list[Job]] = {}
     for job in jobs:
@@ -143,17 +154,21 @@ def generate_jobs(
     batches = [group[i : i + per_batch] for group in by_length.values() for i in range(0, len(group), per_batch)]
     with tqdm(total=len(jobs) * count, unit="clip", desc="generating", disable=not progress) as bar:
         for batch in batches:
-            audio = generate(
-                sampler,
-                [job.prompt for job in batch],
-                seconds=batch[0].seconds,
-                seed=[job.seed + i for job in batch for i in range(count)],
-                num_return_sequences=count,
-                progress=False,
-                codec=sound,
-                encoder=text,
-                **dataclasses.asdict(settings),
-            )
+            try:
+                audio = generate(
+                    sampler,
+                    [job.prompt for job in batch],
+                    seconds=batch[0].seconds,
+                    seed=[job.seed + i for job in batch for i in range(count)],
+                    num_return_sequences=count,
+                    progress=False,
+                    codec=sound,
+                    encoder=text,
+                    batch_size=batch_size,
+                    **dataclasses.asdict(settings),
+                )
+            except SamplingError as error:
+                raise SamplingError(f"{error} (sequence 0 is the first clip of {batch[0].where})") from error
             for j, job in enumerate(batch):
                 results[job.id] = []
                 for i, name in enumerate(job.names(count)):

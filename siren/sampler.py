@@ -50,7 +50,10 @@ class SampleOutput:
 
 
 class Session:
-    """Sequences that are being sampled, frame by frame. Made by `Sampler.start`; not to be shared between threads."""
+    """Sequences that are being sampled, frame by frame. Made by `Sampler.start`.
+
+    On the C++ engine threads that share a session take turns, frame by frame.
+    """
 
     def __init__(self, state: Any, config: SirenConfig) -> None:
         self._state, self._config = state, config
@@ -101,7 +104,7 @@ class Sampler:
 
     `model` is a siren.Siren (its weights are copied: later changes are not seen) or a Manifest. `backend`: "auto",
     "reference" (plain PyTorch, on the model's device), "cpu" (the C++ engine). `weights`: "fp32", "bf16" or "int8"
-    (per output channel, weights only). `threads` of the C++ engine; None: all cores this process may use.
+    (per output channel, weights only). `threads` of the C++ engine; None: the physical cores this process may use.
     Raises BackendError for a backend that cannot run here, InputError for other arguments.
     """
 
@@ -224,11 +227,14 @@ def _build(source: Model | Manifest, backend: str, weights: str, threads: int | 
         threads = _whole("threads", threads, 1, 1024)
     if backend in ("triton", "cuda"):
         raise BackendError(f"backend {backend!r} is not available in this version; use 'auto', 'cpu' or 'reference'")
+    device = torch.device("cpu") if isinstance(source, Manifest) else next(source.experts.parameters()).device
     chosen, reason = backend, "asked for by name"
-    if backend == "auto":
+    if backend == "auto" and device.type != "cpu":
+        chosen, reason = "reference", f"the model is on {device}, where this version has no engine but PyTorch"
+    elif backend == "auto":
         try:
             extension()
-            chosen, reason = "cpu", "the C++ engine is built, and the fastest backend of this version"
+            chosen, reason = "cpu", "the C++ engine is built, and on a CPU it is the fastest"
         except BackendError as error:
             chosen, reason = "reference", str(error)
     note = {"requested": backend, "reason": reason}
@@ -240,7 +246,6 @@ def _build(source: Model | Manifest, backend: str, weights: str, threads: int | 
         raise InputError("the reference backend runs on PyTorch's threads: leave threads, call torch.set_num_threads")
     if isinstance(source, Manifest):
         return ReferenceDecoder.from_folder(source, weights), note
-    device = next(source.experts.parameters()).device
     return ReferenceDecoder(source.config, _states(source), weights, device), note
 
 

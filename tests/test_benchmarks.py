@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -34,7 +35,9 @@ def test_numerics(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     assert {row["weights"] for row in rows} == {"fp32", "bf16", "int8"}
     assert {row["decoder"] for row in rows} >= {"PyTorch", "portable"}
-    assert all(row["kl_mean"] < 1e-3 and row["top1"] > 0.9 for row in rows)
+    plain = {row["weights"]: row["error"] for row in rows if row["decoder"] == "PyTorch"}
+    assert 0 < plain["fp32"] < min(plain["bf16"], plain["int8"])
+    assert all(0 < row["error"] <= 2 * plain[row["weights"]] for row in rows)
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -53,17 +56,75 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_decode(tmp_path: Path) -> None:
-    """The gate is green for every arm, and each has a row."""
+    """The gate is green for every arm, and each has a row; frames that are not given are cut to what fits."""
     arms = "naive-fp32,siren-fp32,siren-bf16,siren-int8"
     out = tmp_path / "decode.json"
     made = run(
-        FOLDER / "decode.py", "--preset", "tiny", "--arms", arms, "--batch", "1,2", "--frames", 4, "--rounds", 2,
-        "--tokens", 5, "--threads", 1, "--out", out,
+        FOLDER / "decode.py", "--preset", "tiny", "--arms", arms, "--batch", "1,2", "--rounds", 2, "--threads", 1,
+        "--out", out,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [(row["batch"], row["arm"]) for row in rows] == [(size, arm) for size in (1, 2) for arm in arms.split(",")]
     assert all(row["ms"] > 0 for row in rows)
+    assert "2 rounds of 5 frames after one that warms up, 16 prompt tokens" in made.stdout
+    assert "0 of 576 sampled codes differ" in made.stdout
+    assert "naive-fp32: error" not in made.stdout
+
+
+def test_decode_refuses() -> None:
+    """A value that is out of range is one line and exit code 2."""
+    made = run(FOLDER / "decode.py", "--preset", "tiny", "--threads", -1)
+    assert made.returncode == 2
+    assert made.stderr == "error: --threads must be from 0 (all cores) to 256, not -1\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((None, None, 17), "--tokens must be whole numbers from 1 to 16"),
+        ((0, None, None), "--frames must be whole numbers from 1 to 32"),
+        ((None, 33, None), "--rounds must be whole numbers from 1 to 32"),
+        ((16, 2, None), r"2 \+ 1 rounds of 16 frames exceed the model's 32 frames"),
+    ],
+)
+def test_given_sizes_must_fit(monkeypatch: pytest.MonkeyPatch, given: tuple[int | None, ...], message: str) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    import decode
+
+    with pytest.raises(siren.InputError, match=message):
+        decode.fit(siren.SirenConfig.preset("tiny"), *given)
+
+
+def test_default_sizes_fit_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not given is the default or less, and what is given stays."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import decode
+
+    for frames in range(2, 60):
+        config = dataclasses.replace(siren.SirenConfig.preset("tiny"), max_seq_len=frames)
+        for given in ((None, None), (1, None), (None, 1)):
+            size, rounds, tokens = decode.fit(config, *given, None)
+            assert size * (rounds + 1) <= frames and tokens == 16
+            assert given[0] in (None, size) and given[1] in (None, rounds)
+    assert decode.fit(siren.SirenConfig.preset("siren-1.6b"), None, None, None) == (5, 8, 20)
+
+
+@pytest.mark.parametrize("fault", ["logits", "codes"])
+def test_a_red_gate_stops_an_optimised_python_too(fault: str) -> None:
+    """An engine that is wrong in its logits or only in its draws: one line, exit code 2, with assert switched off."""
+    broken = {
+        "logits": "force = engine.CpuState.force; engine.CpuState.force = lambda s, c: force(s, c) * 1.5",
+        "codes": "engine.CpuState.codes = property(lambda s: torch.from_numpy(s._session.codes) ^ 1)",
+    }[fault]
+    words = "'--preset', 'tiny', '--arms', 'siren-bf16', '--batch', '1', '--threads', '1'"
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(FOLDER)!r}); from siren import engine; {broken}; "
+        f"import decode, machine; sys.argv = ['decode.py', {words}]; machine.main(decode.run)"
+    )
+    made = run("-O", "-c", code)
+    assert made.returncode == 2, made.stderr
+    assert made.stderr.startswith("error: the gate is red, nothing is timed: ") and made.stderr.count("\n") == 1
 
 
 def test_operations(tmp_path: Path) -> None:

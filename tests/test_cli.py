@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -84,6 +85,9 @@ def test_generate_several_clips(work: Path, demo: Path, capfd: pytest.CaptureFix
     common = ["--model", str(demo), "--seconds", "0.1", "--top-k", "50", "--top-p", "0.9", "--guidance-scale", "2"]
     main(["generate", "rain", "r.wav", "--n", "2", "--seed", "6", "--picture", *common])
     assert sorted(path.name for path in work.iterdir()) == ["r-0.png", "r-0.wav", "r-1.png", "r-1.wav"]
+    main(["generate", "rain", "s.wav", "--n", "11", "--picture", "p.png", "--batch-size", "5", *common])
+    assert sorted(path.name for path in work.glob("s*")) == [f"s-{i:02}.wav" for i in range(11)]
+    assert sorted(path.name for path in work.glob("p*")) == [f"p-{i:02}.png" for i in range(11)]
     reference = ["--backend", "reference", "--weights", "fp32"]
     main(["generate", "rain", "one.wav", "--seed", "7", *common, *reference])
     main(["generate", "rain", "two.wav", "--seed", "7", *common, "--weights", "fp32"])
@@ -170,8 +174,50 @@ def test_bad_prompt_files(work: Path, demo: Path, capfd: pytest.CaptureFixture[s
     assert "batch size" in fails(capfd, "generate", "good.jsonl", *common, "--batch-size", 0)
     assert "name no other file" in fails(capfd, "generate", "good.jsonl", "out.wav", *common)
     assert "--out-dir" in fails(capfd, "generate", "good.jsonl", "--model", demo)
+    assert "from 1 to 10000" in fails(capfd, "generate", "good.jsonl", *common, "--n", 2_000_000_000)
+    assert "is a file of prompts" in fails(capfd, "generate", "good.jsonl", "out.wav", "--model", demo)
+
+
+def test_folders_that_cannot_be_written_to(
+    work: Path, demo: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are refused before any weights are read, a folder in the place of a file too, and nothing is left behind."""
+    shutil.copytree(demo, work / "bad")
+    for path in (work / "bad").glob("expert_*"):
+        path.write_bytes(b"reading this would fail with another message")
+    Path("good.jsonl").write_text('{"prompt": "rain", "id": "a"}\n')
     Path("file").touch()
-    assert "file" in fails(capfd, "generate", "good.jsonl", "--out-dir", "file", "--model", demo)
+    Path("link").symlink_to("nowhere")
+    Path("out/a.wav").mkdir(parents=True)
+    Path("r.png").mkdir()
+    Path("r-1.png").mkdir()
+    many = ("generate", "good.jsonl", "--model", "bad", "--out-dir")
+    for folder in ("file", "file/below", "link", "link/below"):
+        assert f"{folder.split('/')[0]} is not a folder" in fails(capfd, *many, folder)
+    assert "a.wav is a folder" in fails(capfd, *many, "out", "--overwrite")
+    one = ("generate", "rain", "r.wav", "--model", "bad", "--picture")
+    if importlib.util.find_spec("matplotlib"):
+        assert "r.png is a folder" in fails(capfd, *one)
+        assert "r.png is a folder" in fails(capfd, *one, "r.png")
+        assert "r-1.png is a folder" in fails(capfd, *one, "--n", 2)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != work.name)
+    monkeypatch.chdir(work)
+    assert "no permission" in fails(capfd, *many, work / "new")
+    assert "no permission" in fails(capfd, "generate", "rain", work / "r.wav", "--model", "bad")
+
+
+def test_a_picture_that_fails_leaves_no_sound(
+    work: Path, demo: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound and pictures are written together, once all are made; a lack of memory is one line."""
+    pytest.importorskip("matplotlib")
+
+    def full(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr("siren.picture.draw_picture", full)
+    common = ("--model", demo, "--seconds", "0.1", "--picture")
+    assert "not enough memory" in fails(capfd, "generate", "rain", "a.wav", *common)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +236,8 @@ def test_bad_prompt_files(work: Path, demo: Path, capfd: pytest.CaptureFixture[s
         (["rain", "a.wav", "--model", "DEMO", "--seconds", "six"], "seconds"),
         (["rain", "a.wav", "--model", "DEMO", "--seed", "-1"], "seed"),
         (["rain", "a.wav", "--model", "DEMO", "--n", "0"], "--n"),
+        (["rain", "a.wav", "--model", "DEMO", "--n", "2000000000"], "--n must be a whole number from 1 to 10000"),
+        (["rain", "a.wav", "--model", "DEMO", "--batch-size", "65"], "batch_size"),
         (["rain", "a.wav", "--model", "DEMO", "--temperature", "nan"], "temperature"),
         (["rain", "a.wav", "--model", "DEMO", "--top-k", "5000"], "top_k"),
         (["rain", "a.wav", "--model", "DEMO", "--top-p", "2"], "top_p"),
@@ -294,6 +342,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(work: Path, demo: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", _TELLS_WHEN_READY, *arguments, "--weights", "fp32"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

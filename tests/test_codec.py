@@ -263,7 +263,7 @@ def test_a_save_that_fails_changes_nothing(codec: Codec, folder: Path, monkeypat
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(codec_module, "_sync", full)
+    monkeypatch.setattr(codec_module, "sync", full)
     for target in (folder, folder.parent / "new"):
         with pytest.raises(CheckpointError, match="No space left"):
             codec.save_pretrained(target)
@@ -482,3 +482,10 @@ def test_full_size_encodes_and_decodes_ten_seconds() -> None:
     assert sound.abs().max() <= 1
     kept = 20 * codec.hop_length
     torch.testing.assert_close(codec.decode(codes[:, :, :40])[..., :kept], sound[..., :kept], rtol=0, atol=1e-5)
+
+
+def test_a_save_finds_what_a_killed_one_left(codec: Codec, folder: Path) -> None:
+    """With NAME gone and `.NAME.previous` there, the next save starts from it and leaves only NAME."""
+    folder.rename(folder.parent / f".{folder.name}.previous")
+    codec.save_pretrained(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

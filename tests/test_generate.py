@@ -13,7 +13,9 @@ import torch
 import siren
 from siren.demo import write_demo
 from siren.generate import MAX_BATCH, check_request, generate
+from siren.jsonl import Job, generate_jobs
 from siren.manifest import read_manifest
+from siren.sampling import SamplingSettings
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,58 @@ def test_more_clips_than_one_batch(model: siren.Siren) -> None:
     assert torch.equal(audio.codes[-1:], model.generate("rain", 0.04, seed=count - 1, progress=False).codes)
 
 
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that samplers start from here on."""
+    sizes: list[int] = []
+    start = siren.Sampler.start
+
+    def watched(self: siren.Sampler, prompt: torch.Tensor, *args: object, **options: object) -> siren.Session:
+        sizes.append(len(prompt))
+        return start(self, prompt, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(siren.Sampler, "start", watched)
+    return sizes
+
+
+def test_batch_size_bounds_what_is_decoded_together(model: siren.Siren, batches: list[int]) -> None:
+    """batch_size splits a call, without a change to the codes."""
+    split = model.generate("rain", seconds=0.04, num_return_sequences=5, progress=False, batch_size=2)
+    assert batches == [2, 2, 1]
+    whole = model.generate("rain", seconds=0.04, num_return_sequences=5, progress=False)
+    assert torch.equal(split.codes, whole.codes)
+
+
+def test_jobs_honour_the_batch_size(folder: Path, tmp_path: Path, batches: list[int]) -> None:
+    """Also where one line of the file asks for more clips than that."""
+    jobs = [Job("line 1", "rain", "a", 0, 0.04), Job("line 2", "wind", "b", 9, 0.04)]
+    generate_jobs(jobs, read_manifest(folder), tmp_path, SamplingSettings(), count=3, batch_size=2, progress=False)
+    assert batches == [2, 1, 2, 1]
+
+
+def test_an_error_of_the_sampler_names_the_clip(
+    folder: Path, model: siren.Siren, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts from the first clip of the call, not of the batch that was being decoded; for a file it says where."""
+    step = siren.Session.step
+    calls: list[int] = []
+
+    def failing(self: siren.Session, *args: object, **options: object) -> None:
+        calls.append(self.batch)
+        if len(calls) == 2:
+            raise siren.SamplingError("the logits of sequence 1, frame 4, codebook 7 hold NaN")
+        step(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(siren.Session, "step", failing)
+    with pytest.raises(siren.SamplingError, match="sequence 4, frame 4, codebook 7 hold"):
+        model.generate("rain", seconds=0.04, num_return_sequences=5, progress=False, batch_size=3)
+    jobs = [Job(f"line {i}", "rain", f"{i}", i, 0.04) for i in (1, 2)]
+    calls.clear()
+    with pytest.raises(siren.SamplingError, match=r"sequence 1, frame 4.*\(sequence 0 is the first clip of line 2\)"):
+        generate_jobs(jobs, read_manifest(folder), tmp_path, SamplingSettings(), batch_size=1, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.wav", "results.jsonl"]
+
+
 def test_sampler_and_manifest_give_the_same(folder: Path, model: siren.Siren) -> None:
     """A Siren, a Sampler and a Manifest of one checkpoint are interchangeable."""
     expected = model.generate("rain", seconds=0.1, seed=2, progress=False)
@@ -99,6 +153,8 @@ def test_parts_are_kept_between_calls_and_dropped_when_stale(folder: Path) -> No
         model.experts[0].heads[0].weight.neg_()
     changed = model.generate("rain", seconds=0.1, temperature=0, progress=False)
     assert not torch.equal(first.codes, changed.codes)
+    model.experts[0].heads[0].weight.data.neg_()  # no version counter sees this one
+    assert torch.equal(first.codes, model.generate("rain", seconds=0.1, temperature=0, progress=False).codes)
 
 
 def test_progress_bar_is_on_stderr_and_can_be_off(model: siren.Siren, capfd: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +184,9 @@ def test_progress_bar_is_on_stderr_and_can_be_off(model: siren.Siren, capfd: pyt
         ({"top_p": 0.0}, "top_p"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"num_return_sequences": 0}, "num_return_sequences"),
+        ({"num_return_sequences": 10_001}, "num_return_sequences must be a whole number from 1 to 10000"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 to 64"),
+        ({"batch_size": True}, "batch_size"),
         ({"prompts": []}, "at least one"),
         ({"prompts": None}, "at least one"),
         ({"prompts": ["rain", 3]}, "prompt 1 must be a string"),

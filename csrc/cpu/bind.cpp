@@ -81,23 +81,24 @@ class PySession {
     if (frames < 1 || frames > c.max_frames) throw std::invalid_argument("frames must be from 1 to max_seq_len");
     const size_t sequences = batch(), width = c.codes, each = sequences * c.codebooks;
     if (frame() + frames > c.max_frames) throw std::invalid_argument("the session would exceed max_seq_len frames");
-    Array<int64_t> wanted;
+    std::vector<int64_t> wanted, codes;  // a copy: the caller's array may change between frames
     py::array_t<float> logits;
-    std::vector<int64_t> codes;
     std::vector<float> row_logits;
     const bool given = !forced.is_none();
     if (given) {
-      wanted = forced.cast<Array<int64_t>>();
-      expect_codes(expect(wanted, "codes", {static_cast<py::ssize_t>(sequences), c.codebooks, frames}), wanted.size(), c);
+      const auto array = forced.cast<Array<int64_t>>();
+      const int64_t* data = expect(array, "codes", {static_cast<py::ssize_t>(sequences), c.codebooks, frames});
+      wanted.assign(data, data + array.size());
+      expect_codes(wanted.data(), array.size(), c);
       logits = py::array_t<float>({sequences, static_cast<size_t>(c.codebooks), static_cast<size_t>(frames), width});
       codes.resize(each);
       row_logits.resize(each * width);
     }
     for (int done = 0; done < frames; ++done) {
-      for (size_t i = 0; i < codes.size(); ++i) codes[i] = wanted.data()[i * frames + done];
+      for (size_t i = 0; i < codes.size(); ++i) codes[i] = wanted[i * frames + done];
       locked([&] {
         if (static_cast<size_t>(session_.sequences()) != sequences)
-          throw std::invalid_argument("another thread changed the session's sequences during step");
+          throw std::invalid_argument("select was called while the session was stepping");
         session_.step(given ? codes.data() : nullptr, given ? row_logits.data() : nullptr);
       });
       for (size_t i = 0; i < codes.size(); ++i)
@@ -139,7 +140,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
       .def(py::init([](const py::dict& config, const std::string& format, int threads) {
-        if (threads < 1 || threads > 256) throw std::invalid_argument("threads must be from 1 to 256");
+        if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be from 1 to 1024");
         return std::make_shared<Engine>(config_of(config), format_of(format), threads);
       }))
       .def("load",

@@ -25,7 +25,15 @@ template <class T>
 inline const T* expect(const Array<T>& array, const char* name, const std::vector<py::ssize_t>& shape) {
   bool same = array.ndim() == static_cast<py::ssize_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = array.shape(i) == shape[i];
-  if (!same) throw std::invalid_argument(std::string(name) + " has the wrong shape");
+  if (!same) {
+    const auto text = [](const py::ssize_t* sizes, size_t n) {
+      std::string list;
+      for (size_t i = 0; i < n; ++i) list += (i ? ", " : "") + std::to_string(sizes[i]);
+      return "[" + list + "]";
+    };
+    throw std::invalid_argument(std::string(name) + " must have shape " + text(shape.data(), shape.size()) + ", not " +
+                                text(array.shape(), array.ndim()));
+  }
   return array.data();
 }
 

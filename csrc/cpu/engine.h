@@ -83,7 +83,7 @@ class Residual {
   void check() const;  // throws BadLogits if a draw of the last frame failed
 
  private:
-  void block(const Frame& frame, Workspace& work, int expert, int layer, int position, int count, int thread);
+  void block(Workspace& work, int expert, int layer, int position, int count, int thread);
   void finish(const Frame& frame, Workspace& work, int expert, int position, int thread);
 
   const Engine& engine_;
@@ -117,7 +117,14 @@ class Session {
   size_t cache_bytes() const;
 
  private:
-  void allocate();
+  // What depends on the number of rows.
+  struct Buffers {
+    std::unique_ptr<Workspace> work;
+    std::unique_ptr<Residual> residual;
+    Buffer sums, next_sums;
+  };
+  Buffers allocate(int rows, int sequences) const;
+  void adopt(Buffers buffers);
   void prefill(const std::vector<std::vector<float>>& tokens, std::vector<std::shared_ptr<Prompt>>& prompts);
   void extend_cache();
   void backbone(int thread);

@@ -258,7 +258,7 @@ void prepare(Format format, const float* x, int n, int depth, uint8_t* out) {
       for (int i = 0; i < W; ++i) largest = top[i] > largest ? top[i] : largest;
       for (int i = 0; i < kDepthUnit; ++i) finite &= padded[i] - padded[i] == 0;
       const float scale = largest / 32767.0f;
-      const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+      const float inverse = largest > 1e-30f ? 32767.0f / largest : 0.0f;  // below, the quotient could overflow
       // A NaN or infinity has no fixed-point form; the scale carries it to the output instead.
       scales[group / kDepthUnit] = finite ? scale : NAN;
       for (int i = 0; i < kDepthUnit; i += W) {
@@ -323,7 +323,7 @@ INLINE void score(const AttendArgs& args, const uint8_t* keys, float* out) {
     for (int i = 0; i < V; ++i) store(out + n * kTimeBlock + i * W, acc[n][i]);
 }
 
-// out[from, from + N * W) = sum over positions of probability * value
+// out[0, N * W) = sum over positions of probability * value, from column `from` of the values on
 template <int N>
 INLINE void weigh(const AttendArgs& args, int from, float* out) {
   const int width = round_up(args.head_dim, 16);
@@ -339,7 +339,7 @@ INLINE void weigh(const AttendArgs& args, int from, float* out) {
         acc[i] += (args.format == Format::bf16 ? load_bf16(row + i * W * 2) : load<vf>(row + i * W * 4)) * p;
     }
   }
-  for (int i = 0; i < N; ++i) store(out + from + i * W, acc[i]);
+  for (int i = 0; i < N; ++i) store(out + i * W, acc[i]);
 }
 
 void attend(const AttendArgs& args) {
@@ -370,12 +370,9 @@ void attend(const AttendArgs& args) {
   const float inverse = 1.0f / sum_lanes(total);
   float out[64];
   for (int from = 0; from < width;) {
-    if (width - from >= 64) {
-      weigh<64 / W>(args, from, out - from);
-    } else {
-      weigh<16 / W>(args, from, out - from);
-    }
     const int step = width - from >= 64 ? 64 : 16;
+    if (step == 64) weigh<64 / W>(args, from, out);
+    else weigh<16 / W>(args, from, out);
     for (int i = 0; i < step && from + i < args.head_dim; ++i) args.out[from + i] = out[i] * inverse;
     from += step;
   }

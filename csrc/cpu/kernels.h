@@ -1,8 +1,8 @@
 // What the engine asks of an instruction path, and the layouts both sides agree on.
 //
 // Packed weights. Rows are the outputs. 32 rows form a block; inside a block the columns follow one another, and all
-// lanes of a vector belong to different rows, so no sum across lanes is needed and every output is summed over the
-// columns in ascending order, whatever the batch, the vector width or the number of threads:
+// lanes of a vector belong to different rows, so no sum across lanes is needed, and on one instruction path every output
+// is summed over the columns in the same order whatever the batch and the number of threads:
 //   f32   [block][column][32] float
 //   bf16  [block][column / 2][32][2] bf16
 //   i8    [block][column / 2][32][2] int8, one float scale a row

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 #include "kernels.h"
 
@@ -31,23 +30,24 @@ int source_row(const Matrix& m, int block, int lane) {
 }  // namespace
 
 void pack(const Matrix& m, const float* source, int block_begin, int block_end) {
-  const std::vector<float> zeros(m.cols, 0.0f);
   for (int block = block_begin; block < block_end; ++block) {
     const float* rows[kRowBlock];
     float scales[kRowBlock];
     for (int lane = 0; lane < kRowBlock; ++lane) {
       const int from = source_row(m, block, lane);
-      rows[lane] = from < 0 ? zeros.data() : source + static_cast<size_t>(from) * m.cols;
+      rows[lane] = from < 0 ? nullptr : source + static_cast<size_t>(from) * m.cols;
       if (m.format != Format::i8) continue;
+      scales[lane] = m.scale[block * kRowBlock + lane] = 1.0f;
+      if (from < 0) continue;
       float largest = 0;
       for (int k = 0; k < m.cols; ++k) largest = std::max(largest, std::fabs(rows[lane][k]));
-      scales[lane] = m.scale[block * kRowBlock + lane] = largest > 0 ? largest / 127.0f : 1.0f;
+      if (largest > 0) scales[lane] = m.scale[block * kRowBlock + lane] = largest / 127.0f;
     }
     // Columns outside, rows inside: the packed side, written in order, is the larger stream.
     uint8_t* out = m.data + m.block_bytes() * block;
     for (int k = 0; k < m.cols; ++k) {
       for (int lane = 0; lane < kRowBlock; ++lane) {
-        const float value = rows[lane][k];
+        const float value = rows[lane] ? rows[lane][k] : 0.0f;
         if (m.format == Format::f32) {
           std::memcpy(out + (static_cast<size_t>(k) * kRowBlock + lane) * 4, &value, 4);
           continue;

@@ -38,31 +38,39 @@ Pool& Pool::get(int threads) {
 Pool::Pool(int threads) : threads_(threads), arrived_(threads), finished_(threads) {}
 
 void Pool::start_workers() {
-  if (process_ == getpid()) return;
-  for (std::thread& worker : workers_) worker.detach();  // of the process that forked this one
-  workers_.clear();
-  process_ = getpid();
-  sleep_ = new Sleep;  // after a fork the old one still counts waiters that are gone, so it is left alone
-  for (Flag& flag : arrived_) flag.epoch.store(0);
+  if (process_ != getpid()) {
+    for (std::thread& worker : workers_) worker.detach();  // of the process that forked this one
+    workers_.clear();
+    sleep_ = new Sleep;  // after a fork the old one still counts waiters that are gone, so it is left alone
+    for (Flag& flag : arrived_) flag.epoch.store(0);
+    process_ = getpid();
+  }
+  // Throws std::system_error when the system gives no more threads; the next call goes on from those that started.
+  while (static_cast<int>(workers_.size()) + 1 < threads_) {
+    const int thread = static_cast<int>(workers_.size()) + 1;
+    workers_.emplace_back(&Pool::work, this, thread, job_.load());
+    pin(workers_.back(), thread);
+  }
+}
+
+// Each worker to a core of its own, if the pool takes all that this process may use; the caller stays where the scheduler
+// puts it. Smaller pools are left alone: those of several processes would end up on the same few cores.
+void Pool::pin(std::thread& worker, int thread) const {
 #if defined(__linux__)
   cpu_set_t allowed;
-  std::vector<int> cores;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0)
-    for (int core = 0; core < CPU_SETSIZE; ++core)
-      if (CPU_ISSET(core, &allowed)) cores.push_back(core);
-#endif
-  for (int thread = 1; thread < threads_; ++thread) {
-    workers_.emplace_back(&Pool::work, this, thread, job_.load());
-#if defined(__linux__)
-    // The caller stays where the scheduler puts it; the workers keep to the other cores.
-    if (static_cast<int>(cores.size()) >= threads_) {
-      cpu_set_t one;
-      CPU_ZERO(&one);
-      CPU_SET(cores[thread], &one);
-      pthread_setaffinity_np(workers_.back().native_handle(), sizeof one, &one);
-    }
-#endif
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) != threads_) return;
+  int seen = 0;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (!CPU_ISSET(core, &allowed) || seen++ != thread) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
+    pthread_setaffinity_np(worker.native_handle(), sizeof one, &one);
   }
+#else
+  (void)worker;
+  (void)thread;
+#endif
 }
 
 void Pool::work(int thread, uint32_t seen) {
@@ -87,6 +95,7 @@ void Pool::work(int thread, uint32_t seen) {
 }
 
 void Pool::run(void (*function)(void*, int), void* context) {
+  if (threads_ == 1) return function(context, 0);
   std::lock_guard<std::mutex> turn(turn_);
   start_workers();
   function_ = function;

@@ -12,7 +12,8 @@ namespace siren::cpu {
 
 class Pool {
  public:
-  // One pool for each number of threads in a process, so that several engines take turns instead of fighting for cores.
+  // One pool for each number of threads in a process: engines with the same number take turns, frame by frame, instead of
+  // fighting for cores.
   // It lives as long as the process: workers cannot be joined while Python is being taken down.
   static Pool& get(int threads);
 
@@ -22,7 +23,8 @@ class Pool {
   int threads() const { return threads_; }
 
   // Calls function(context, thread) for thread 0 (the caller) to threads - 1 and returns when all have ended. The function
-  // must not throw. Callers on several threads wait for one another.
+  // must not throw. Callers on several threads wait for one another. A process forked while a call is under way cannot
+  // use the pool; one forked between calls can.
   void run(void (*function)(void*, int), void* context);
 
   // Inside run(): returns when every thread has arrived.
@@ -35,6 +37,7 @@ class Pool {
 
   explicit Pool(int threads);
   void start_workers();
+  void pin(std::thread& worker, int thread) const;
   void work(int thread, uint32_t seen);
 
   const int threads_;

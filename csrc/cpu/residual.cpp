@@ -73,7 +73,7 @@ void Residual::run(const Frame& frame, Workspace& work, int thread) {
                       engine_.weights.table_format, config.dim);
           }
         });
-        for (int layer = 0; layer < config.decoder_blocks; ++layer) block(frame, work, e, layer, first, count, thread);
+        for (int layer = 0; layer < config.decoder_blocks; ++layer) block(work, e, layer, first, count, thread);
         // Of the two positions of the first pass only position 1 went through the last block to its end.
         float* last = work.dx.floats() + static_cast<size_t>(count - 1) * rows_ * work.dim_stride;
         split(rows_, threads, thread, [&](int r) {
@@ -94,7 +94,7 @@ void Residual::run(const Frame& frame, Workspace& work, int thread) {
 }
 
 // One block on `count` positions from `position` on.
-void Residual::block(const Frame&, Workspace& work, int e, int layer, int position, int count, int thread) {
+void Residual::block(Workspace& work, int e, int layer, int position, int count, int thread) {
   const ModelConfig& config = engine_.config();
   const Kernels& k = engine_.kernels;
   Pool& pool = engine_.pool;

@@ -47,17 +47,26 @@ Session::Session(std::shared_ptr<const Engine> engine, const float* prompts, con
   prefill(distinct, prepared);
   for (const int index : which) prompts_.push_back(prepared[index]);
   pages_.resize(rows_);
-  allocate();
-}
-
-void Session::allocate() {
-  work_ = std::make_unique<Workspace>(*engine_, rows_);
-  residual_ = std::make_unique<Residual>(*engine_, sequences_, guided_, settings_);
-  const size_t bytes = static_cast<size_t>(engine_->config().experts) * sequences_ * work_->dim_stride * sizeof(float);
-  sums_ = Buffer(bytes);
-  next_sums_ = Buffer(bytes);
+  adopt(allocate(rows_, sequences_));
   const int longest = std::max(engine_->config().max_frames, engine_->config().max_prompt);
   scores_.assign(engine_->threads(), std::vector<float>(round_up(longest, kPage)));
+}
+
+Session::Buffers Session::allocate(int rows, int sequences) const {
+  Buffers buffers;
+  buffers.work = std::make_unique<Workspace>(*engine_, rows);
+  buffers.residual = std::make_unique<Residual>(*engine_, sequences, guided_, settings_);
+  const size_t bytes = static_cast<size_t>(engine_->config().experts) * sequences * buffers.work->dim_stride * sizeof(float);
+  buffers.sums = Buffer(bytes);
+  buffers.next_sums = Buffer(bytes);
+  return buffers;
+}
+
+void Session::adopt(Buffers buffers) {
+  work_ = std::move(buffers.work);
+  residual_ = std::move(buffers.residual);
+  sums_ = std::move(buffers.sums);
+  next_sums_ = std::move(buffers.next_sums);
 }
 
 size_t Session::chunk_offset(int layer, int expert, int kv_head) const {
@@ -308,22 +317,23 @@ void Session::step(const int64_t* forced, float* logits) {
 
 void Session::select(const std::vector<int>& indices, const std::vector<uint64_t>& seeds) {
   const int kept = static_cast<int>(indices.size()), codebooks = engine_->config().codebooks;
-  const int experts = engine_->config().experts, stride = work_->dim_stride;
-  std::vector<uint64_t> new_seeds;
+  const int rows = guided_ ? 2 * kept : kept, stride = work_->dim_stride;
+  // Everything that may run out of memory comes before the first change.
+  Buffers buffers = allocate(rows, kept);
+  std::vector<uint64_t> new_seeds = seeds;
   std::vector<std::shared_ptr<Prompt>> new_prompts;
   std::vector<std::vector<Page>> new_pages;
-  std::vector<float> new_sums;
   for (int half = 0; half < (guided_ ? 2 : 1); ++half)
     for (const int index : indices) {
       new_prompts.push_back(prompts_[half * sequences_ + index]);
       new_pages.push_back(pages_[half * sequences_ + index]);
     }
-  for (const int index : indices) new_seeds.push_back(seeds_[index]);
-  for (int e = 0; e < experts; ++e)
-    for (const int index : indices) {
-      const float* sum = sums_.floats() + (static_cast<size_t>(e) * sequences_ + index) * stride;
-      new_sums.insert(new_sums.end(), sum, sum + stride);
-    }
+  if (seeds.empty())
+    for (const int index : indices) new_seeds.push_back(seeds_[index]);
+  for (int e = 0; e < engine_->config().experts; ++e)
+    for (int s = 0; s < kept; ++s)
+      std::memcpy(buffers.sums.floats() + (static_cast<size_t>(e) * kept + s) * stride,
+                  sums_.floats() + (static_cast<size_t>(e) * sequences_ + indices[s]) * stride, stride * sizeof(float));
   std::vector<int64_t> new_codes;
   std::vector<float> new_logprobs;
   for (int64_t t = 0; t < frames_; ++t)
@@ -332,15 +342,14 @@ void Session::select(const std::vector<int>& indices, const std::vector<uint64_t
       new_codes.insert(new_codes.end(), codes_.begin() + at, codes_.begin() + at + codebooks);
       new_logprobs.insert(new_logprobs.end(), logprobs_.begin() + at, logprobs_.begin() + at + codebooks);
     }
-  seeds_ = seeds.empty() ? std::move(new_seeds) : seeds;
-  prompts_ = std::move(new_prompts);
-  pages_ = std::move(new_pages);
-  codes_ = std::move(new_codes);
-  logprobs_ = std::move(new_logprobs);
+  seeds_.swap(new_seeds);
+  prompts_.swap(new_prompts);
+  pages_.swap(new_pages);
+  codes_.swap(new_codes);
+  logprobs_.swap(new_logprobs);
   sequences_ = kept;
-  rows_ = guided_ ? 2 * kept : kept;
-  allocate();
-  std::memcpy(sums_.data(), new_sums.data(), new_sums.size() * sizeof(float));
+  rows_ = rows;
+  adopt(std::move(buffers));
 }
 
 }  // namespace siren::cpu
