@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import replace_folder
-from .checkpoint import sync
+from .checkpoint import replace_folder, sync
 from .descript import convert, read_descript
 from .errors import CheckpointError, InputError
 from .pretrained import (
