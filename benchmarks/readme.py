@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def decode_section() -> str:
     """One table for each results/decode-*.json, with what it was measured on."""
     parts = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("decode-*.json")):
+    for path in sorted((ROOT / "benchmarks" / "results").glob("decode-*.json"), key=lambda path: path.stem):
         result = json.loads(path.read_text(encoding="utf-8"))
         about = result["about"]
         measured = result["read_gb_per_s"].items()

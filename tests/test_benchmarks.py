@@ -136,3 +136,9 @@ def test_operations(tmp_path: Path) -> None:
     )  # fmt: skip
     assert made.returncode == 0, made.stdout
     assert "24 passed" in made.stdout
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    """The tables between the README's markers are those that benchmarks/readme.py makes of benchmarks/results."""
+    result = subprocess.run([sys.executable, FOLDER / "readme.py", "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
