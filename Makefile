@@ -55,7 +55,7 @@ sanitize: $(READY)
 	SIREN_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
 	env LD_PRELOAD="$(call lib,libtsan.so) $(call lib,libstdc++.so)" \
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0" PYTHONPATH=build/tsan/lib \
-	    setarch -R $(BIN)/pytest -s -k "thread or batch" $(ENGINE_TESTS)
+	    setarch -R $(BIN)/pytest -s -k "thread or batch or fork or steps or frames" $(ENGINE_TESTS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/decode.py --out out/decode.json --picture out/decode.png
