@@ -332,6 +332,21 @@ def test_bits_do_not_depend_on_batch_place_threads_or_select(path, golden, golde
         assert torch.equal(state.codes[row], codes[original]) and torch.equal(state.logprobs[row], logprobs[original])
 
 
+def test_the_largest_batch(path, golden, golden_model):
+    """64 guided sequences, 128 rows: each is bit-identical to itself alone."""
+    decoder = CpuDecoder(golden_model.config, states(golden_model.experts), "bf16", 2)
+    rows = torch.arange(64) % 3
+    prompt, mask = golden["prompt"] * golden["prompt_mask"][..., None], golden["prompt_mask"]
+    sampling = SamplingSettings(guidance_scale=2.0)
+    whole = decoder.start(prompt[rows], mask[rows], np.arange(64, dtype=np.uint64), sampling)
+    whole.step(2)
+    for row in (0, 31, 63):
+        kind = int(rows[row])
+        alone = decoder.start(prompt[kind : kind + 1], mask[kind : kind + 1], np.array([row], np.uint64), sampling)
+        alone.step(2)
+        assert torch.equal(whole.codes[row], alone.codes[0]) and torch.equal(whole.logprobs[row], alone.logprobs[0])
+
+
 def test_select_across_a_page_of_the_cache():
     """Copies made in the middle of a cache page part ways without touching one another."""
     config = SirenConfig(dim=16, n_heads=2, n_kv_heads=1, spatial_layers=2, factorized_layers=1, prompt_dim=4,

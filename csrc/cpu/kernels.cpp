@@ -231,6 +231,7 @@ void matmul(const MatmulArgs& args) {
 // ---- activations ----------------------------------------------------------------------------------------------------
 
 #if defined(SIREN_BF16_DOT)
+// to_bf16 of pack.cpp, here so that the loop over activations is vectorised.
 uint16_t round_bf16(float value) {
   uint32_t u;
   memcpy(&u, &value, 4);
