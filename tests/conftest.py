@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -9,12 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
+
 import siren
 
 torch.set_num_threads(1)  # the models here are tiny: PyTorch's threads would only wait for one another
 
 hypothesis.settings.register_profile("siren", deadline=None, print_blob=True, max_examples=25)
 hypothesis.settings.load_profile("siren")
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
