@@ -2,6 +2,7 @@
 # make test      lint, types and all tests
 # make sanitize  the engine's tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
 # make bench     the decode benchmark at full size, and each operation alone
+# make gpu-check on a machine with a GPU: tests, checks and times of its kernels, into benchmarks/results; no install
 # make clean     remove what the targets above wrote, except the virtual environment
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ READY := $(VENV)/.siren-installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
 
-.PHONY: decode test sanitize bench clean
+.PHONY: decode test sanitize bench gpu-check clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -60,6 +61,9 @@ sanitize: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/decode.py --out out/decode.json --picture out/decode.png
 	$(BIN)/pytest --benchmark-only $(wildcard benchmarks/bench_*.py)
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf build dist out *.egg-info siren/_cpu*.so

@@ -3,6 +3,7 @@
     python benchmarks/decode.py                  1.6B, batch 1 and 8: naive and compiled bf16, ours in bf16 and int8
     python benchmarks/decode.py --preset siren-3.1b --arms siren-bf16,siren-int8 --batch 1
     python benchmarks/decode.py --arms siren-bf16 --batch 1 --frames 50 --rounds 29 --windows 250,500,1000
+    python benchmarks/decode.py --device cuda    the decoders of gpu_arms.py on a GPU, timed by gpu_decode.py
 
 A correctness gate comes first (arms.check); nothing is timed when it is red. Then, for each batch size, rounds: the
 read bandwidth, and `--frames` frames of every arm, one arm after another, so that the machine's noise hits all alike.
@@ -23,10 +24,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import arms as decoders
+import gpu_arms
+import gpu_decode
 import machine
 import numpy as np
 import torch
 import typer
+from decode_report import draw_picture, summarise, table
 from tqdm import tqdm
 
 from siren import SirenConfig
@@ -34,9 +38,9 @@ from siren.engine import extension
 from siren.errors import InputError, SamplingError
 from siren.sampling import SamplingSettings
 
-FRAME_MS = 20.0
 READ_BYTES = 1 << 30
 FRAMES, ROUNDS, TOKENS = 5, 8, 20
+DEFAULT = "naive-bf16,compile-bf16,siren-bf16,siren-int8"
 
 
 def quick_config() -> tuple[str, SirenConfig]:
@@ -100,93 +104,6 @@ def measure(
     return times, bandwidths
 
 
-def summarise(
-    config: SirenConfig,
-    name: str,
-    batch: int,
-    seconds: list[float],
-    first: int,
-    tokens: int,
-    bandwidth: float,
-    naive: float | None,
-) -> dict[str, Any]:
-    """One row: `seconds` are those of the frames from number `first` on."""
-    ms = [1e3 * value for value in seconds]
-    median = statistics.median(ms)
-    weights = name.split("-")[1]
-    moved = decoders.moved_bytes(config, weights, batch, first + len(ms) / 2, tokens)
-    low, high = np.percentile(ms, [10, 90])
-    return {
-        "arm": name,
-        "batch": batch,
-        "frames": [first, first + len(ms)],
-        "ms": median,
-        "ms_p10": float(low),
-        "ms_p90": float(high),
-        "times_real_time": batch * FRAME_MS / median,
-        "ratio_to_naive_bf16": naive / median if naive else None,
-        "gb_moved": sum(moved.values()) / 1e9,
-        "gb_moved_parts": {part: value / 1e9 for part, value in moved.items()},
-        "share_of_bandwidth": sum(moved.values()) / (median / 1e3 * bandwidth),
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    head = [
-        "decoder",
-        "batch",
-        "frames",
-        "ms a frame",
-        "10% to 90%",
-        "x real time",
-        "x naive bf16",
-        "GB a frame",
-        "of bandwidth",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for row in rows:
-        ratio = row["ratio_to_naive_bf16"]
-        cells = [
-            row["arm"],
-            str(row["batch"]),
-            f"{row['frames'][0]} to {row['frames'][1]}",
-            f"{row['ms']:.1f}",
-            f"{row['ms_p10']:.1f} to {row['ms_p90']:.1f}",
-            f"{row['times_real_time']:.2f}",
-            f"{ratio:.2f}" if ratio else "",
-            f"{row['gb_moved']:.2f}",
-            f"{row['share_of_bandwidth']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw_picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A bar a row, its share of the bandwidth written on it."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'siren[pictures]')", file=sys.stderr)
-        return
-    colours = {"naive": "#b0b7c0", "compile": "#7d8894", "siren": "#1f77b4"}
-    figure = Figure(figsize=(8, 0.5 * len(rows) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    labels = [f"{row['arm']}, batch {row['batch']}, frame {row['frames'][1]}" for row in rows]
-    values = [row["ms"] for row in rows]
-    bars = axes.barh(range(len(rows)), values, color=[colours[row["arm"].split("-")[0]] for row in rows])
-    axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
-    notes = [f"{row['ms']:.0f} ms, {row['share_of_bandwidth']:.0%} of bandwidth" for row in rows]
-    axes.bar_label(bars, notes, padding=4, fontsize=8)
-    axes.set_xlim(0, 1.45 * max(values))
-    axes.set_xlabel("ms a frame (20 ms is real time for one clip)")
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
 def numbers(text: str, name: str, low: int, high: int) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
@@ -197,7 +114,14 @@ def numbers(text: str, name: str, low: int, high: int) -> list[int]:
     return values
 
 
-def fit(config: SirenConfig, frames: int | None, rounds: int | None, tokens: int | None) -> tuple[int, int, int]:
+def fit(
+    config: SirenConfig,
+    frames: int | None,
+    rounds: int | None,
+    tokens: int | None,
+    usual_frames: int = FRAMES,
+    usual_rounds: int = ROUNDS,
+) -> tuple[int, int, int]:
     """Frames a round, rounds and prompt tokens: what is None becomes its default, or the most that the model takes.
 
     Raises InputError for a value that was given and does not fit.
@@ -208,9 +132,9 @@ def fit(config: SirenConfig, frames: int | None, rounds: int | None, tokens: int
         if value is not None:
             numbers(str(value), name, 1, most)
     if rounds is None:
-        rounds = max(1, min(ROUNDS, limit // (frames or 1) - 1))
+        rounds = max(1, min(usual_rounds, limit // (frames or 1) - 1))
     if frames is None:
-        frames = max(1, min(FRAMES, limit // (rounds + 1)))
+        frames = max(1, min(usual_frames, limit // (rounds + 1)))
     if (rounds + 1) * frames > limit:
         raise InputError(f"{rounds} + 1 rounds of {frames} frames exceed the model's {limit} frames")
     return frames, rounds, tokens or min(TOKENS, prompt_limit)
@@ -218,12 +142,16 @@ def fit(config: SirenConfig, frames: int | None, rounds: int | None, tokens: int
 
 def run(
     preset: Annotated[str, typer.Option(help="siren-1.6b, siren-3.1b or tiny")] = "siren-1.6b",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     arms: Annotated[
-        str, typer.Option(help="any of " + ", ".join(decoders.ARMS))
-    ] = "naive-bf16,compile-bf16,siren-bf16,siren-int8",
+        str,
+        typer.Option(help=f"of {', '.join(decoders.ARMS)}; with --device cuda of {', '.join(gpu_arms.ARMS)}"),
+    ] = "",
     batch: Annotated[str, typer.Option(help="batch sizes, with commas between")] = "1,8",
-    frames: Annotated[int | None, typer.Option(help="frames of each arm in a round; 5, or what fits")] = None,
-    rounds: Annotated[int | None, typer.Option(help="rounds that count; 8, or what fits")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="frames of each arm in a round; 5 (cuda: 50), or what fits")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="rounds that count; 8 (cuda: 5), or what fits")] = None,
     tokens: Annotated[int | None, typer.Option(help="prompt tokens; 20, or what fits")] = None,
     threads: Annotated[int, typer.Option(help="threads of the engine and of PyTorch; 0: all cores")] = 0,
     windows: Annotated[str, typer.Option(help="frame numbers at which to cut the clip into rows of their own")] = "",
@@ -233,14 +161,26 @@ def run(
 ) -> None:
     """Compare decoders on this machine."""
     config = SirenConfig.preset(preset)
-    names = arms.split(",")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu or cuda, not {device!r}")
+    known, chosen = (gpu_arms.ARMS, gpu_arms.DEFAULT) if device == "cuda" else (decoders.ARMS, DEFAULT)
+    names = (arms or chosen).split(",")
     if quick:
         preset, config = quick_config()
         names, batch, frames, rounds = ["naive-bf16", "siren-bf16", "siren-int8"], "1", 4, 4
-    unknown = sorted(set(names) - set(decoders.ARMS))
-    if unknown or len(set(names)) != len(names):
-        raise InputError(f"--arms must be different ones of {', '.join(decoders.ARMS)}, not {arms!r}")
+    if not set(names) <= set(known) or len(set(names)) != len(names):
+        raise InputError(f"--arms must be different ones of {', '.join(known)}, not {arms!r}")
     batches = numbers(batch, "--batch", 1, 64)
+    command = " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]])
+    if device == "cuda":
+        if quick or windows or threads:
+            raise InputError("--quick, --windows and --threads are for --device cpu")
+        if not torch.cuda.is_available():
+            raise InputError(f"torch {torch.__version__} sees no CUDA device")
+        frames, rounds, tokens = fit(config, frames, rounds, tokens, gpu_decode.FRAMES, gpu_decode.ROUNDS)
+        about: dict[str, Any] = {"preset": preset, "prompt_tokens": tokens, "command": command}
+        gpu_decode.compare(config, device, about, names, batches, frames, rounds, tokens, out, picture)
+        return
     frames, rounds, tokens = fit(config, frames, rounds, tokens)
     edges = numbers(windows, "--windows", 1, config.max_seq_len) if windows else []
     threads = machine.thread_count(threads)
@@ -248,7 +188,7 @@ def run(
     check_memory(config, names, batches)
 
     about = {**machine.describe(), "preset": preset, "threads": threads, "prompt_tokens": tokens}
-    about["command"] = " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]])
+    about["command"] = command
     print(f"{about['cpu']}, {threads} threads, {about['instructions']}, torch {about['torch']}; {preset}")
     print(f"{rounds} rounds of {frames} frames after one that warms up, {tokens} prompt tokens")
     print("gate, at these widths with one block of each kind:")

@@ -1,8 +1,13 @@
-"""What the benchmarks share: their command line, what a result was measured on, and the memory that is free for it."""
+"""What the benchmarks share: their command line, what a result was measured on, and the memory that is free for it.
+
+As a script: describe_gpu() as JSON.
+"""
 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -45,6 +50,42 @@ def describe() -> dict[str, Any]:
         "cores": default_threads(),
         "memory_gb": round(_kilobytes("/proc/meminfo", "MemTotal") / 1e6, 1),
         "instructions": instruction_path(),
+        **_software(),
+    }
+
+
+def describe_gpu() -> dict[str, Any]:
+    """The first GPU as it is found, software, date and commit."""
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "l2_mb": round(device.L2_cache_size / 1e6, 1),
+        "gpu_memory_gb": round(device.total_memory / 1e9, 1),
+        "capability": f"{device.major}.{device.minor}",
+        "driver": _nvidia_smi("driver_version"),
+        "clocks": gpu_clocks(),
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton"),
+        **_software(),
+    }
+
+
+def gpu_clocks() -> dict[str, str]:
+    """Clocks at this moment, in nvidia-smi's words; nothing is set."""
+    return {name: _nvidia_smi(f"clocks.{name}") for name in ("sm", "mem", "max.sm", "max.mem")}
+
+
+def _nvidia_smi(field: str) -> str:
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={field}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _software() -> dict[str, str]:
+    return {
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -88,3 +129,7 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+if __name__ == "__main__":
+    print(json.dumps(describe_gpu()))

@@ -5,24 +5,42 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from decode import table
+from decode_report import table
 
 ROOT = Path(__file__).parent.parent
 
 
+def decode_results() -> Iterator[dict[str, Any]]:
+    """results/decode-*.json, then the decode part of every results/gpu-*.json that has one."""
+    folder = ROOT / "benchmarks" / "results"
+    for path in sorted(folder.glob("decode-*.json"), key=lambda path: path.stem):
+        yield json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted(folder.glob("gpu-*.json"), key=lambda path: path.stem):
+        part = json.loads(path.read_text(encoding="utf-8"))["parts"].get("decode", {})
+        if part.get("rows"):
+            yield part
+
+
 def decode_section() -> str:
-    """One table for each results/decode-*.json, with what it was measured on."""
+    """One table for each result, with what it was measured on."""
     parts = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("decode-*.json"), key=lambda path: path.stem):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for result in decode_results():
         about = result["about"]
-        measured = result["read_gb_per_s"].items()
+        if "gpu" in about:
+            kind, clock = "Copy", about["clocks_after"]["sm"]
+            machine = f"{about['gpu']}, SM at {clock}, driver {about['driver']}, torch {about['torch']}"
+            machine += f", triton {about['triton']}"
+        else:
+            kind = "Read"
+            machine = f"{about['cpu']}, {about['threads']} threads, {about['instructions']}, torch {about['torch']}"
+        measured = result[f"{kind.lower()}_gb_per_s"].items()
         bandwidth = ", ".join(f"{value['median']:.1f} GB/s at batch {size}" for size, value in measured)
-        machine = f"{about['cpu']}, {about['threads']} threads, {about['instructions']}, torch {about['torch']}"
         when = f"{about['date'][:10]}, commit {about['commit']}"
-        head = f"{about['preset']}, {machine}, {when}. Read bandwidth {bandwidth}. `{about['command']}`"
+        head = f"{about['preset']}, {machine}, {when}. {kind} bandwidth {bandwidth}. `{about['command']}`"
         parts.append(f"{head}\n\n{table(result['rows'])}")
     return "\n\n".join(parts)
 

@@ -24,14 +24,14 @@ import triton.language as tl
 
 from .checks import FLOAT, TABLE, WHOLE, check_tensor, check_weights
 from .linear import (
-    INPUTS_AT_ONCE,
     add_product,
+    all_registers,
+    below,
     product,
     qkv_product,
     store_product,
     swiglu_product,
-    tile_columns,
-    tile_rows,
+    tile_sizes,
 )
 
 WEIGHTS = {  # kv = kv_heads * head_dim, n = d + 2 kv
@@ -113,7 +113,7 @@ def _query_kernel(
     bias,
     q,
     R,
-    d,
+    d: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -123,7 +123,7 @@ def _query_kernel(
     k = tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_n, in_r = n < d, r < R
+    in_n, in_r = below(n, d, BLOCK_N), r < R
     rows = (k * R + r) * d
     shift = positions + (r * 0 + tl.load(frame)) * d
     weight, scale = weight + k * d * d, scale + k * d
@@ -143,8 +143,8 @@ def _output_kernel(
     scale,
     bias,
     R,
-    d,
-    D,
+    d: tl.constexpr,
+    D: tl.constexpr,
     SHIFT: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -155,7 +155,7 @@ def _output_kernel(
     k = tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_n, in_r = n < d, r < R
+    in_n, in_r = below(n, d, BLOCK_N), r < R
     row = k * R + r
     shift = positions + (r * 0 + tl.load(frame)) * d
     weight, scale = weight + k * d * D, scale + k * d
@@ -176,9 +176,9 @@ def _qkv_kernel(
     keys,
     values,
     R,
-    d,
-    kv,
-    head_dim,
+    d: tl.constexpr,
+    kv: tl.constexpr,
+    head_dim: tl.constexpr,
     capacity,
     eps,
     BLOCK_N: tl.constexpr,
@@ -187,10 +187,10 @@ def _qkv_kernel(
 ):
     """q, and this frame's keys and values into their cache [K, R, kv_heads, capacity, head_dim]."""
     k = tl.program_id(2).to(tl.int64)
-    N = d + 2 * kv
+    N: tl.constexpr = d + 2 * kv
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_n, in_r = n < N, r < R
+    in_n, in_r = below(n, N, BLOCK_N), r < R
     row = k * R + r
     weight, scale = weight + k * N * d, scale + k * N
     x += row * d
@@ -207,8 +207,8 @@ def _swiglu_kernel(
     scale,
     out,
     R,
-    d,
-    hidden,
+    d: tl.constexpr,
+    hidden: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -235,10 +235,10 @@ def _attend_kernel(
     out,  # as q
     R,
     rows,
-    heads,
-    kv_heads,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
     capacity,
-    head_dim,
+    head_dim: tl.constexpr,
     factor,
     CROSS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -314,17 +314,15 @@ def launch(
     x = inputs.clone()
     q, mixed, h = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
     act = x.new_empty(K, R, hidden)
-    columns = tile_columns(R)
     factor = head_dim**-0.5
 
     def tiled(rows: int) -> tuple[tuple[int, int, int], dict[str, int]]:
         """The grid over a matrix of so many rows an expert, and the sizes of its tiles."""
-        block = tile_rows(K * rows)
-        sizes = {"BLOCK_N": block, "BLOCK_R": columns, "BLOCK_K": INPUTS_AT_ONCE, "num_warps": 4, "num_stages": 4}
-        return (triton.cdiv(R, columns), triton.cdiv(rows, block), K), sizes
+        sizes = tile_sizes(w["qkv"], K * rows, R)
+        return (triton.cdiv(R, sizes["BLOCK_R"]), triton.cdiv(rows, sizes["BLOCK_N"]), K), sizes
 
     heads_grid = (R * heads, K)
-    keys_at_once = {"BLOCK_T": BLOCK_T, "BLOCK_E": triton.next_power_of_2(head_dim)}
+    keys_at_once = {"BLOCK_T": BLOCK_T, "BLOCK_E": triton.next_power_of_2(head_dim), "num_warps": 8, **all_registers()}
     for i in range(L):
         grid, sizes = tiled(d)
         _query_kernel[grid](

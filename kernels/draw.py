@@ -66,7 +66,7 @@ def draw(
     in_b,
     noise,  # [ROWS] pointers to rows of V; not read when GREEDY or FORCED
     given,  # [ROWS] pointers to the codes to take, FORCED only
-    V,
+    V: tl.constexpr,
     temperature,
     top_k,
     top_p,
@@ -112,10 +112,10 @@ def embed(
     total,  # [K, B, d] sums of the frame's embeddings so far
     start,  # [K, R, d] what the residual decoders' conditions are added to
     condition,  # [K, R, d] start plus what is known of the frame
-    K,
+    K: tl.constexpr,
     B,
     R,
-    d,
+    d: tl.constexpr,
     CONDITIONING: tl.constexpr,  # 0 none, 1 the latest code, 2 all codes so far (paper, eq. 5)
     BLOCK: tl.constexpr,
 ):

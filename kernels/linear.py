@@ -18,48 +18,47 @@ Activations are read past the L1 cache (.cg): in the persistent kernel another p
 
 from __future__ import annotations
 
-import os
-
+import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-INPUTS_AT_ONCE = 128  # BLOCK_K: inputs a step of the sum; the same everywhere, so that no sum depends on the batch
+from .interpreter import INTERPRETED, dot, round_to
 
 
-def tile_rows(rows: int) -> int:
-    """Rows of a matrix in one program. Few rows in all: small tiles, so that every multiprocessor gets one.
+def all_registers() -> dict[str, int]:
+    """The launch option that lets a kernel use as many registers as it needs. Without it ptxas aims at a number of
+    programs on a multiprocessor, and may spill a few to reach it."""
+    return {} if INTERPRETED.value or torch.version.hip else {"maxnreg": 255}
 
-    In the interpreter a program costs milliseconds, whatever its size.
+
+def tile_sizes(weight: torch.Tensor, matrices: int, rows: int) -> dict[str, int]:
+    """How a launch over these weights is cut: `matrices` rows of matrices in all, `rows` rows of activations.
+
+    BLOCK_K, the inputs in a step of the sum, depends on the weights' type alone, so that no sum depends on the batch.
+    Activations take at least the 16 columns that the matrix units want. Few matrix rows in all: small tiles, so that
+    every multiprocessor gets one. In the interpreter a program costs milliseconds whatever its size: large ones.
     """
-    if INTERPRETED.value:
-        return 256
-    return 16 if rows < 16384 else 32
-
-
-def tile_columns(rows: int) -> int:
-    """Rows of activations in one program: at least the 16 that the matrix units take, at most 64."""
-    return min(64, max(16, triton.next_power_of_2(rows)))
+    wide = 16 if rows <= 16 or weight.dtype == torch.float32 else 32
+    tall = 256 if INTERPRETED.value else 16 if matrices < 16384 or wide > 16 else 32
+    inputs, stages = {torch.float32: (32, 2), torch.bfloat16: (128, 4), torch.int8: (128, 3)}[weight.dtype]
+    if wide > 16:
+        stages = 2  # the activations' tiles fill the shared memory
+    blocks = {"BLOCK_N": tall, "BLOCK_R": wide, "BLOCK_K": inputs}
+    return {**blocks, "num_warps": wide // 4, "num_stages": stages, **all_registers()}
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b, accumulated in float32; float32 operands are not rounded to tf32.
-
-    Triton's interpreter takes the bits of bfloat16 operands for integers, so there they are widened first, which
-    changes no product.
-    """
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+def below(i, size: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of the BLOCK places i, from a multiple of BLOCK on, are below the size: known to be all where it is a
+    multiple of BLOCK too, which saves the registers of a mask."""
+    return tl.full((BLOCK,), True, tl.int1) if size % BLOCK == 0 else i < size
 
 
 @triton.jit
 def operand(tensor, weight):
     """The tensor as the matrix units take it beside this weight matrix."""
     kind: tl.constexpr = tl.float32 if weight.dtype.element_ty == tl.float32 else tl.bfloat16
-    return tensor.to(tl.float32).to(kind)  # in one step the interpreter would take int8 for the bits of bfloat16
+    return round_to(tensor.to(tl.float32), kind)  # in one step the interpreter takes int8 for the bits of bfloat16
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def product(
     in_r,
     shift,  # [BLOCK_R] pointers to rows of D that are added to the activations first
     norm,  # [D], the RMSNorm's weight
-    D,
+    D: tl.constexpr,
     eps,
     SHIFT: tl.constexpr,
     NORM: tl.constexpr,
@@ -94,7 +93,7 @@ def product(
     row = weight + n[:, None].to(tl.int64) * D
     for first in range(0, D, BLOCK_K):
         c = first + tl.arange(0, BLOCK_K)
-        in_c = c < D
+        in_c = below(c, D, BLOCK_K)
         inside = in_c[:, None] & in_r[None, :]
         w = tl.load(row + c[None, :], mask=in_n[:, None] & in_c[None, :], other=0)
         a = tl.load(x[None, :] + c[:, None], mask=inside, other=0.0, cache_modifier=".cg")
@@ -132,12 +131,12 @@ def swiglu_product(
     weight,  # [2 * hidden, D]: gate rows, then value rows
     scale,
     first,  # column of the result where the tile begins
-    hidden,
+    hidden: tl.constexpr,
     x,
     in_r,
     norm,
     out,  # [BLOCK_R] pointers to rows of hidden
-    D,
+    D: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -146,11 +145,12 @@ def swiglu_product(
     """Both halves of a column come from one product, whose rows alternate between them."""
     i = tl.arange(0, 2 * BLOCK_N)
     column = first + i // 2
-    pair, in_pair = column + i % 2 * hidden, column < hidden
+    pair = column + i % 2 * hidden
+    in_pair = tl.full((2 * BLOCK_N,), True, tl.int1) if hidden % BLOCK_N == 0 else column < hidden
     both = product(weight, scale, pair, in_pair, x, in_r, x, norm, D, eps, False, True, 2 * BLOCK_N, BLOCK_R, BLOCK_K)
     gate, value = tl.split(tl.permute(tl.reshape(both, (BLOCK_N, 2, BLOCK_R)), (0, 2, 1)))
     n = first + tl.arange(0, BLOCK_N)
-    store_product(gate * tl.sigmoid(gate) * value, scale, n, n < hidden, in_r, out, False)
+    store_product(gate * tl.sigmoid(gate) * value, scale, n, below(n, hidden, BLOCK_N), in_r, out, False)
 
 
 @triton.jit
@@ -163,14 +163,14 @@ def qkv_product(
     key,  # [BLOCK_R] pointers to the first head's key of this position
     value,
     head_stride,  # from one head's key to the next
-    d,
-    kv,  # width of all keys
-    head_dim,
+    d: tl.constexpr,
+    kv: tl.constexpr,  # width of all keys
+    head_dim: tl.constexpr,
 ):
     tl.store(q[None, :] + n[:, None], acc, mask=(in_n & (n < d))[:, None] & in_r[None, :])
     c = tl.where(n < d + kv, n - d, n - d - kv)  # column among the keys, or the values
     offset = (c // head_dim).to(tl.int64) * head_stride + c % head_dim
     is_key, is_value = (n >= d) & (n < d + kv), in_n & (n >= d + kv)
-    acc = acc.to(key.dtype.element_ty)
+    acc = round_to(acc, key.dtype.element_ty)
     tl.store(key[None, :] + offset[:, None], acc, mask=is_key[:, None] & in_r[None, :])
     tl.store(value[None, :] + offset[:, None], acc, mask=is_value[:, None] & in_r[None, :])

@@ -21,7 +21,7 @@ from . import residual_persistent, sample_heads
 from .checks import FLOAT, WHOLE, check_tensor, check_weights
 from .gumbel_noise import gumbel_noise_reference
 from .gumbel_noise import launch as launch_noise
-from .linear import INPUTS_AT_ONCE, tile_columns, tile_rows
+from .linear import tile_sizes
 from .residual_tiles import down_tile, output_tile, qkv_tile, step_rows, swiglu_tile
 
 WEIGHTS = {  # kv = kv_heads * head_dim, n = d + 2 kv
@@ -116,9 +116,9 @@ def _qkv_kernel(
     first,
     R,
     rows,
-    d,
-    kv,
-    head_dim,
+    d: tl.constexpr,
+    kv: tl.constexpr,
+    head_dim: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -149,22 +149,22 @@ def _output_kernel(
     first,
     R,
     rows,
-    d,
-    heads,
-    kv,
-    head_dim,
+    d: tl.constexpr,
+    heads: tl.constexpr,
+    kv: tl.constexpr,
+    head_dim: tl.constexpr,
     factor,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
     i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     entry, shift = step_rows(h, condition, x, positions, k, block, first, i, R, d)
     output_tile(
         entry, shift, i < rows, i, n, weight, scale, q, keys, values, x, first, R, d, heads, kv, head_dim, factor,
-        BLOCK_N, BLOCK_R, BLOCK_E, HEADS,
+        BLOCK_N, BLOCK_R, BLOCK_K, BLOCK_E,
     )  # fmt: skip
 
 
@@ -176,8 +176,8 @@ def _swiglu_kernel(
     scale,
     act,
     rows,
-    d,
-    hidden,
+    d: tl.constexpr,
+    hidden: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -195,8 +195,8 @@ def _down_kernel(
     scale,
     act,
     rows,
-    d,
-    hidden,
+    d: tl.constexpr,
+    hidden: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -238,12 +238,9 @@ def launch(
     noise = launch_noise(seeds, frames, J, V) if temperature and forced is None else None
 
     def tiled(matrix_rows: int, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
-        block, columns = tile_rows(matrix_rows), tile_columns(rows)
-        grid = (triton.cdiv(rows, columns), triton.cdiv(matrix_rows, block))
-        return grid, {"BLOCK_N": block, "BLOCK_R": columns, "num_warps": 4, "num_stages": 4}
+        sizes = tile_sizes(w["qkv"], matrix_rows, rows)
+        return (triton.cdiv(rows, sizes["BLOCK_R"]), triton.cdiv(matrix_rows, sizes["BLOCK_N"])), sizes
 
-    block_e = triton.next_power_of_2(head_dim)
-    heads_at_once = {"BLOCK_E": block_e, "HEADS": max(1, INPUTS_AT_ONCE // block_e)}
     for j in range(J):
         k, code = j // m, j % m
         first, rows = (code + 1, R) if code else (0, 2 * R)
@@ -251,22 +248,21 @@ def launch(
             grid, sizes = tiled(d + 2 * kv, rows)
             _qkv_kernel[grid](
                 h, condition, x, w["positions"], w["attention_norm"][i, k], w["qkv"][i, k], s["qkv"][i, k],
-                q, keys[i], values[i], k, i, first, R, rows, d, kv, head_dim, eps, BLOCK_K=INPUTS_AT_ONCE, **sizes,
+                q, keys[i], values[i], k, i, first, R, rows, d, kv, head_dim, eps, **sizes,
             )  # fmt: skip
             grid, sizes = tiled(d, rows)
             _output_kernel[grid](
                 h, condition, x, w["positions"], w["output"][i, k], s["output"][i, k], q, keys[i], values[i],
-                k, i, first, R, rows, d, heads, kv, head_dim, head_dim**-0.5, **heads_at_once, **sizes,
+                k, i, first, R, rows, d, heads, kv, head_dim, head_dim**-0.5,
+                BLOCK_E=triton.next_power_of_2(head_dim), **sizes,
             )  # fmt: skip
             grid, sizes = tiled(hidden, rows)
             _swiglu_kernel[grid](
                 x, w["ffn_norm"][i, k], w["gate_value"][i, k], s["gate_value"][i, k], act, rows, d, hidden, eps,
-                BLOCK_K=INPUTS_AT_ONCE, **sizes,
+                **sizes,
             )  # fmt: skip
             grid, sizes = tiled(d, rows)
-            _down_kernel[grid](
-                x, w["down"][i, k], s["down"][i, k], act, rows, d, hidden, BLOCK_K=INPUTS_AT_ONCE, **sizes
-            )
+            _down_kernel[grid](x, w["down"][i, k], s["down"][i, k], act, rows, d, hidden, **sizes)
         sample_heads.launch(
             x[rows - R : rows] if L else h[k], w["final_norm"][k] if L else None, w["heads"][j],
             s["heads"][j] if scales else None, None if noise is None else noise[:, j],

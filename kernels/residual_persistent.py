@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from .draw import draw, embed, gumbel
-from .linear import INPUTS_AT_ONCE, INTERPRETED, tile_columns, tile_rows
+from .interpreter import INTERPRETED
+from .linear import tile_sizes
 from .residual_tiles import down_tile, output_tile, qkv_tile, step_rows, swiglu_tile
 from .sample_heads import CONDITIONINGS, float64_bits, head_tile
 
@@ -64,17 +65,17 @@ def _residual_kernel(
     logprobs,
     logits,
     arrivals,
-    K,
+    K: tl.constexpr,
     B,
     R,
-    L,
-    J,
-    V,
-    d,
-    kv,
-    hidden,
-    heads,
-    head_dim,
+    L: tl.constexpr,
+    J: tl.constexpr,
+    V: tl.constexpr,
+    d: tl.constexpr,
+    kv: tl.constexpr,
+    hidden: tl.constexpr,
+    heads: tl.constexpr,
+    head_dim: tl.constexpr,
     factor,
     eps,
     temperature,
@@ -91,14 +92,13 @@ def _residual_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    HEADS: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     target = programs
-    m = J // K
-    n_all = d + 2 * kv
+    m: tl.constexpr = J // K
+    n_all: tl.constexpr = d + 2 * kv
     one = tl.full((), 1, tl.int64)  # offsets into stacked weights pass 2^31
 
     v = tl.arange(0, BLOCK_V)
@@ -139,7 +139,7 @@ def _residual_kernel(
                 entry, shift = step_rows(h, condition, x, positions, k, block, first, i, R, d)
                 output_tile(
                     entry, shift, i < rows, i, n, output + layer * d * d, output_scale + layer * d, q, layer_keys,
-                    layer_values, x, first, R, d, heads, kv, head_dim, factor, BLOCK_N, BLOCK_R, BLOCK_E, HEADS,
+                    layer_values, x, first, R, d, heads, kv, head_dim, factor, BLOCK_N, BLOCK_R, BLOCK_K, BLOCK_E,
                 )  # fmt: skip
             target += programs
             barrier(arrivals, target)
@@ -217,17 +217,17 @@ def launch(
     keys, values = h.new_empty(2, L, m + 1, R, kv).unbind(0)
     arrivals = torch.zeros(1, dtype=torch.int32, device=h.device)
     head_dim = d // heads
-    block_e = triton.next_power_of_2(head_dim)
-    cooperative = {} if INTERPRETED.value else {"launch_cooperative_grid": True}
+    sizes = {**tile_sizes(qkv, 0, R), "num_warps": 8, "num_stages": 3}
+    sizes["BLOCK_K"] = min(sizes["BLOCK_K"], 64)  # with 128 its many addresses and tiles do not fit the registers
+    resident = {} if INTERPRETED.value else {"launch_cooperative_grid": True}
     _residual_kernel[(programs(h.device),)](
         h, start, seeds, frames, *weights, *(scales or [h] * 5), condition, total, x, q, keys, values, act, noise,
         codes, logprobs, logits, arrivals,
         K, B, R, L, J, V, d, kv, hidden, heads, head_dim, head_dim**-0.5, eps,
         temperature, top_k, float64_bits(top_p), guidance,
         GUIDED=R != B, BLOCKS=L > 0, GREEDY=temperature == 0, TOP_K=top_k > 0, TOP_P=top_p < 1,
-        CONDITIONING=CONDITIONINGS.index(conditioning), BLOCK_N=tile_rows(0), BLOCK_R=tile_columns(R),
-        BLOCK_K=INPUTS_AT_ONCE, BLOCK_E=block_e, HEADS=max(1, INPUTS_AT_ONCE // block_e),
-        BLOCK_V=max(4, triton.next_power_of_2(V)), BLOCK_D=1024, num_warps=8, num_stages=3, **cooperative,
+        CONDITIONING=CONDITIONINGS.index(conditioning), BLOCK_E=triton.next_power_of_2(head_dim),
+        BLOCK_V=max(4, triton.next_power_of_2(V)), BLOCK_D=1024, **sizes, **resident,
     )  # fmt: skip
     return codes, logprobs, total, logits
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .linear import add_product, dot, operand, product, qkv_product, rescale, swiglu_product
+from .interpreter import dot
+from .linear import add_product, below, operand, product, qkv_product, rescale, swiglu_product
 
 
 @triton.jit
@@ -45,15 +46,15 @@ def qkv_tile(
     values,
     first,
     R,
-    d,
-    kv,
-    head_dim,
+    d: tl.constexpr,
+    kv: tl.constexpr,
+    head_dim: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    in_n = n < d + 2 * kv
+    in_n = below(n, d + 2 * kv, BLOCK_N)
     acc = product(weight, scale, n, in_n, entry, in_r, shift, norm, d, eps, True, True, BLOCK_N, BLOCK_R, BLOCK_K)
     place = (first * R + i) * kv  # position first + i // R of row i % R
     qkv_product(acc, n, in_n, in_r, q + i * d, keys + place, values + place, head_dim, d, kv, head_dim)
@@ -74,24 +75,26 @@ def output_tile(
     x,  # [S * R, d] result
     first,
     R,
-    d,
-    heads,
-    kv,
-    head_dim,
+    d: tl.constexpr,
+    heads: tl.constexpr,
+    kv: tl.constexpr,
+    head_dim: tl.constexpr,
     factor,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_E: tl.constexpr,  # head_dim or the next power of two
-    HEADS: tl.constexpr,  # heads in a step of the sum
 ):
+    HEADS: tl.constexpr = BLOCK_K // BLOCK_E if BLOCK_K > BLOCK_E else 1  # in a step of the sum
     r, p = i % R, first + i // R
-    in_n = n < d
+    in_n = below(n, d, BLOCK_N)
     last = tl.max(tl.where(in_r, p, 0), axis=0)
     acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for group in range(0, heads, HEADS):
         j = tl.arange(0, HEADS * BLOCK_E)
         head, e = group + j // BLOCK_E, j % BLOCK_E
-        in_c = (head < heads) & (e < head_dim)
+        whole: tl.constexpr = heads % HEADS == 0 and head_dim == BLOCK_E
+        in_c = tl.full((HEADS * BLOCK_E,), True, tl.int1) if whole else (head < heads) & (e < head_dim)
         c, from_kv = head * head_dim + e, head // (heads * head_dim // kv) * head_dim + e
         inside = in_c[:, None] & in_r[None, :]
         query = tl.load(q + i[None, :] * d + c[:, None], mask=inside, other=0.0, cache_modifier=".cg")
@@ -127,8 +130,8 @@ def swiglu_tile(
     weight,
     scale,
     act,  # [S * R, hidden]
-    d,
-    hidden,
+    d: tl.constexpr,
+    hidden: tl.constexpr,
     eps,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -148,13 +151,13 @@ def down_tile(
     weight,
     scale,
     act,
-    d,
-    hidden,
+    d: tl.constexpr,
+    hidden: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    in_n = n < d
+    in_n = below(n, d, BLOCK_N)
     a, x = act + i * hidden, x + i * d
     acc = product(weight, scale, n, in_n, a, in_r, a, scale, hidden, 0.0, False, False, BLOCK_N, BLOCK_R, BLOCK_K)
     add_product(acc, scale, n, in_n, in_r, x, x, x, False, False)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .checks import FLOAT, MATRIX, TABLE, WHOLE, check_tensor
 from .draw import draw, embed
-from .linear import INPUTS_AT_ONCE, product, tile_rows
+from .linear import below, product, tile_sizes
 
 CONDITIONINGS = ("none", "residual", "accumulated")
 MOST_CODES = 8192  # a program of the draw holds a whole row
@@ -48,8 +48,8 @@ def sample_heads_reference(
     R, B = len(x), total.shape[1]
     if norm is not None:
         x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm
-    weight = head.to(x.dtype) if scale is None else head.to(x.dtype) * scale.unsqueeze(-1)
-    logits = x @ weight.T
+    weight = head if scale is None else head * scale.unsqueeze(-1)
+    logits = x @ weight.to(x.dtype).T
     if R != B:
         logits = logits[B:] + guidance * (logits[:B] - logits[B:])
     scaled = logits / temperature if temperature else logits
@@ -84,9 +84,9 @@ def head_tile(
     uncond,  # [BLOCK_R] pointers to the others, GUIDED only
     in_b,
     v,
-    V,
+    V: tl.constexpr,
     logits,  # [BLOCK_R] pointers to rows of V
-    d,
+    d: tl.constexpr,
     eps,
     guidance,
     NORM: tl.constexpr,
@@ -96,7 +96,7 @@ def head_tile(
     BLOCK_K: tl.constexpr,
 ):
     """The logits of codes v [BLOCK_V]."""
-    in_v = v < V
+    in_v = below(v, V, BLOCK_V)
     acc = product(head, scale, v, in_v, x, in_b, x, norm, d, eps, False, NORM, BLOCK_V, BLOCK_R, BLOCK_K)
     if GUIDED:
         free = product(head, scale, v, in_v, uncond, in_b, x, norm, d, eps, False, NORM, BLOCK_V, BLOCK_R, BLOCK_K)
@@ -125,11 +125,11 @@ def _sample_kernel(
     logits,
     logit_stride,
     count,
-    K,
+    K: tl.constexpr,
     B,
     R,
-    V,
-    d,
+    V: tl.constexpr,
+    d: tl.constexpr,
     eps,
     temperature,
     top_k,
@@ -206,9 +206,10 @@ def launch(
     K, B, d = total.shape
     R, V = len(x), len(head)
     block_v = triton.next_power_of_2(V)
-    rows = min(triton.next_power_of_2(B), max(1, 4096 // block_v))
-    block_n = min(tile_rows(V), block_v) if V >= 16 else 16
-    grid = (triton.cdiv(V, block_n), triton.cdiv(B, rows))
+    at_once = 2048 if top_p < 1 else 4096  # logits in a program's registers: top-p keeps more beside them
+    rows = min(triton.next_power_of_2(B), 16, max(1, at_once // block_v))
+    sizes = tile_sizes(head, V, rows)
+    grid = (triton.cdiv(V, sizes["BLOCK_N"]), triton.cdiv(B, rows))
     unused = logits  # a pointer for what the kernel does not read
     _sample_kernel[grid](
         x,
@@ -248,13 +249,9 @@ def launch(
         FORCED=forced is not None,
         CONDITIONING=CONDITIONINGS.index(conditioning),
         ROWS=rows,
-        BLOCK_N=block_n,
-        BLOCK_R=16,
-        BLOCK_K=INPUTS_AT_ONCE,
         BLOCK_V=block_v,
-        BLOCK_D=max(16, 8192 // rows),
-        num_warps=4,
-        num_stages=4,
+        BLOCK_D=max(16, 4096 // rows),
+        **sizes,
     )
 
 

@@ -110,8 +110,8 @@ def _settings(settings: SamplingSettings) -> dict[str, Any]:
     return {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
 
 
-def _engine_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """The tensors as the engine knows them: each codebook's embedding folded into one table [codes, dim] (both
+def folded_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """The tensors as the engines know them: each codebook's embedding folded into one table [codes, dim] (both
     maps are linear), everything else as it is."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors:
@@ -154,7 +154,7 @@ class CpuDecoder:
         for start_codebook, tensors in experts:
             index = start_codebook // config.codes_per_expert
             items = tensors.items() if isinstance(tensors, Mapping) else tensors
-            for name, tensor in _engine_tensors(items):
+            for name, tensor in folded_tensors(items):
                 values = tensor.detach().to("cpu", torch.float32).contiguous()
                 rows = values.view(1, -1) if values.ndim != 2 else values
                 try:

@@ -267,7 +267,7 @@ class ReferenceState:
         self.inputs: Tensor | None = None  # embedding sums of the latest frame, float32 [K, B, d]
         self.past = [[decoder.new_cache(self.rows, 0) for _ in expert.spatial_blocks] for expert in decoder.experts]
 
-        tokens, mask, index = _distinct_prompts(prompt, prompt_mask, settings.guided)
+        tokens, mask, index = distinct_prompts(prompt, prompt_mask, settings.guided)
         tokens, mask, index = (tensor.to(decoder.device) for tensor in (tokens, mask, index))
         tokens = tokens.to(decoder.dtype)
         self.prompt_mask = None if bool(mask.all()) else mask[index][:, None, None, :]
@@ -364,7 +364,7 @@ class ReferenceState:
         self.positions = sinusoidal_positions(self.capacity, decoder.config.dim).to(decoder.device, decoder.dtype)
 
 
-def _distinct_prompts(prompt: Tensor, prompt_mask: Tensor, guided: bool) -> tuple[Tensor, Tensor, Tensor]:
+def distinct_prompts(prompt: Tensor, prompt_mask: Tensor, guided: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts [U, P', D] that differ, their masks [U, P'] and, for every row [R], which of them is its own.
 
     Padding is zeroed and cut off where no prompt has tokens. With guidance every sequence has a second row, whose

@@ -23,6 +23,7 @@ from .engine import CpuDecoder, extension
 from .errors import BackendError, InputError
 from .reference import ReferenceDecoder
 from .sampling import SamplingSettings, expand_seeds
+from .triton_engine import TritonDecoder
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 WEIGHTS = ("fp32", "bf16", "int8")
@@ -103,7 +104,8 @@ class Sampler:
     """Samples codes from prompt tokens. Needs no codec and no text encoder.
 
     `model` is a siren.Siren (its weights are copied: later changes are not seen) or a Manifest. `backend`: "auto",
-    "reference" (plain PyTorch, on the model's device), "cpu" (the C++ engine). `weights`: "fp32", "bf16" or "int8"
+    "reference" (plain PyTorch, on the model's device), "cpu" (the C++ engine), "triton" (kernels on a GPU, or with
+    TRITON_INTERPRET=1 in Triton's interpreter; prompts and codes stay on the CPU). `weights`: "fp32", "bf16" or "int8"
     (per output channel, weights only). `threads` of the C++ engine; None: the physical cores this process may use.
     Raises BackendError for a backend that cannot run here, InputError for other arguments.
     """
@@ -225,12 +227,15 @@ def _build(source: Model | Manifest, backend: str, weights: str, threads: int | 
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
     if threads is not None:
         threads = _whole("threads", threads, 1, 1024)
-    if backend in ("triton", "cuda"):
-        raise BackendError(f"backend {backend!r} is not available in this version; use 'auto', 'cpu' or 'reference'")
+    if backend == "cuda":
+        raise BackendError(
+            "backend 'cuda' is not available in this version; use 'auto', 'cpu', 'triton' or 'reference'"
+        )
     device = torch.device("cpu") if isinstance(source, Manifest) else next(source.experts.parameters()).device
     chosen, reason = backend, "asked for by name"
     if backend == "auto" and device.type != "cpu":
-        chosen, reason = "reference", f"the model is on {device}, where this version has no engine but PyTorch"
+        reason = "and no GPU has run 'triton' yet, so it is used only where asked for by name"
+        chosen, reason = "reference", f"the model is on {device}, {reason}"
     elif backend == "auto":
         try:
             extension()
@@ -242,8 +247,14 @@ def _build(source: Model | Manifest, backend: str, weights: str, threads: int | 
         if isinstance(source, Manifest):
             return CpuDecoder.from_folder(source, weights, threads), note
         return CpuDecoder(source.config, _states(source), weights, threads), note
+    if threads is not None and chosen == "triton":
+        raise InputError("threads are the C++ engine's: leave them out with backend 'triton'")
     if threads is not None:
         raise InputError("the reference backend runs on PyTorch's threads: leave threads, call torch.set_num_threads")
+    if chosen == "triton":
+        if isinstance(source, Manifest):
+            return TritonDecoder.from_folder(source, weights), note
+        return TritonDecoder(source.config, _states(source), weights, device), note
     if isinstance(source, Manifest):
         return ReferenceDecoder.from_folder(source, weights), note
     return ReferenceDecoder(source.config, _states(source), weights, device), note

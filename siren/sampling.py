@@ -176,12 +176,24 @@ def _scale(logits: Tensor, settings: SamplingSettings, frame: ArrayLike | None, 
     if bool(finite.all()):
         return scaled
     row = int((~finite).nonzero()[0])
-    where = f"sequence {row}"
     if frame is not None:
-        where += f", frame {np.broadcast_to(np.asarray(frame), (len(logits),))[row]}"
-    if codebook is not None:
-        where += f", codebook {codebook}"
-    raise SamplingError(f"the logits of {where} hold NaN, infinity or no finite value: check weights and prompt")
+        frame = int(np.broadcast_to(np.asarray(frame), (len(logits),))[row])
+    raise _undrawable(row, frame, codebook)
+
+
+def check_drawn(logprobs: Tensor, frame: int | NDArray[np.int64]) -> None:
+    """Raise SamplingError if one of a frame's log-probabilities [B, num_codebooks] is NaN: the kernels' mark for
+    logits that hold NaN, plus infinity or no finite value. frame: one, or [B]."""
+    bad = logprobs.isnan()
+    if bool(bad.any()):
+        codebook, row = (int(index) for index in bad.T.nonzero()[0])  # the first draw that failed, then the first row
+        raise _undrawable(row, int(np.broadcast_to(frame, (len(logprobs),))[row]), codebook)
+
+
+def _undrawable(row: int, frame: int | None, codebook: int | None) -> SamplingError:
+    places = (("sequence", row), ("frame", frame), ("codebook", codebook))
+    where = ", ".join(f"{name} {number}" for name, number in places if number is not None)
+    return SamplingError(f"the logits of {where} hold NaN, infinity or no finite value: check weights and prompt")
 
 
 def _allowed(scaled: Tensor, settings: SamplingSettings) -> Tensor:

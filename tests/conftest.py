@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported
 
 import siren
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "kernels"))  # decode_inputs: arguments of operations
 
 torch.set_num_threads(1)  # the models here are tiny: PyTorch's threads would only wait for one another
 

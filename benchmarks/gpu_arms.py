@@ -1,0 +1,123 @@
+"""The decoders that `benchmarks/decode.py --device cuda` compares, on the same random weights, and the check of each.
+
+naive    siren.reference.ReferenceDecoder: every operation launched by Python
+graph    the same with static shapes, a frame as one CUDA graph (static_arm.py)
+compile  the same, through torch.compile(mode="max-autotune-no-cudagraphs") before it is captured
+triton   siren.triton_engine.TritonDecoder
+persistent   the same with its residual decoders in one persistent kernel
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import arms
+import numpy as np
+import torch
+from static_arm import StaticDecoder
+from torch import Tensor
+
+from siren import SirenConfig
+from siren.reference import ReferenceDecoder
+from siren.sampling import SamplingSettings, gumbel_noise
+
+PYTORCH = ("naive-fp32", "naive-bf16", "graph-fp32", "graph-bf16", "compile-bf16")
+ARMS = (*PYTORCH, "triton-fp32", "triton-bf16", "triton-int8", "persistent-bf16", "persistent-int8")
+DEFAULT = "naive-bf16,graph-bf16,compile-bf16,triton-bf16,triton-int8,persistent-bf16"
+
+
+def build(name: str, config: SirenConfig, device: str, frames: int, built: dict[str, Any]) -> Any:
+    """A decoder for one arm, for clips of at most `frames` frames; graph and compile share `built`'s naive weights."""
+    kind, weights = name.split("-")
+    if kind in ("graph", "compile"):
+        naive = f"naive-{weights}"
+        if naive not in built:
+            built[naive] = build(naive, config, device, frames, built)
+        return StaticDecoder(built[naive], frames, compiled=kind == "compile")
+    experts = ((start, dict(tensors)) for start, tensors in arms.random_experts(config, 0))
+    if kind == "naive":
+        return ReferenceDecoder(config, experts, weights, device)
+    from siren.triton_engine import TritonDecoder
+
+    return TritonDecoder(config, experts, weights=weights, device=device, persistent=kind == "persistent")
+
+
+@dataclasses.dataclass
+class Errors:
+    """How far an arm is from PyTorch in fp32 that is given the codes which the arm drew."""
+
+    logits: float  # root mean square, of the logits' own
+    worst: float  # the largest of a logit
+    logprobs: float  # root mean square, of the log-probabilities that the arm reported
+    regret: float  # the most that a drawn code's logit + noise is below the largest
+    codes: Tensor
+
+
+class Gate:
+    """Checks arms on a model of the same widths with one block of each kind, two sequences.
+
+    An arm draws codes, frame by frame as it is timed; then both it and PyTorch in fp32 are given those codes. Errors of
+    logits and of the reported log-probabilities are at most twice those of plain PyTorch at the arm's precision. In
+    fp32 every code is the one PyTorch draws; in others, where rounding may change a draw, a drawn code may be below the
+    best by no more than logits that are off by that limit explain.
+    """
+
+    def __init__(self, config: SirenConfig, device: str) -> None:
+        self.config = dataclasses.replace(config, spatial_layers=1, factorized_layers=min(1, config.factorized_layers))
+        self.device, self.frames = device, min(arms.GATE_FRAMES, config.max_seq_len)
+        self.prompt, self.mask = arms.random_prompts(self.config, 2, min(9, config.max_prompt_len))
+        self.seeds = np.arange(2, dtype=np.uint64)
+        count, size = config.num_codebooks, config.codebook_size
+        noise = [gumbel_noise(self.seeds, frame, range(count), size) for frame in range(self.frames)]
+        self.noise = torch.stack(noise, dim=2).double()  # [B, num_codebooks, T, V]
+        self.decoders: dict[str, Any] = {}
+        self.errors = functools.cache(self._errors)
+
+    def _start(self, name: str) -> Any:
+        if name not in self.decoders:
+            self.decoders[name] = build(name, self.config, self.device, self.frames, self.decoders)
+        return self.decoders[name].start(self.prompt, self.mask, self.seeds, SamplingSettings())
+
+    def _errors(self, name: str) -> Errors:
+        state = self._start(name)
+        state.step(self.frames, None)
+        codes, logprobs = state.codes, state.logprobs
+        size = self.config.codebook_size
+        if codes.shape[2] != self.frames or not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(f"codes {list(codes.shape)} from {int(codes.min())} to {int(codes.max())} of {size}")
+        own, plain = self._start(name).force(codes).double(), self._start("naive-fp32")
+        truth = plain.force(codes).double()
+        scores = truth + self.noise
+        drawn = scores.gather(3, codes.unsqueeze(3)).squeeze(3)
+        return Errors(
+            logits=_size(own - truth) / _size(truth),
+            worst=float((own - truth).abs().max()),
+            logprobs=_size(logprobs.double() - plain.logprobs.double()),
+            regret=float((scores.amax(dim=3) - drawn).max()),
+            codes=codes,
+        )
+
+    def check(self, name: str) -> str:
+        """A line that says what was found. Raises ValueError when the arm is red."""
+        weights = name.split("-")[1]
+        if name.startswith("naive"):
+            return f"{name}: plain PyTorch, the measure"
+        found, plain = self.errors(name), self.errors(f"naive-{weights}")
+        if weights == "fp32":
+            different = int((found.codes != plain.codes).sum())
+            limits = {"logits": 1e-5}
+            line = f"{name}: {different} of {found.codes.numel()} codes differ from PyTorch's, "
+        else:
+            different = 0
+            limits = {"logits": 2 * plain.logits, "logprobs": 2 * plain.logprobs, "regret": 4 * plain.worst}
+            line = f"{name}: "
+        line += ", ".join(f"{key} {getattr(found, key):.2e} of at most {limit:.2e}" for key, limit in limits.items())
+        if different or not all(getattr(found, key) <= limit for key, limit in limits.items()):  # so that NaN is red
+            raise ValueError(line)
+        return line
+
+
+def _size(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,290 @@
+"""Everything that can be said on a machine with a GPU, by one command: `make gpu-check`.
+
+    python benchmarks/gpu_check.py [--out FILE] [--budget 520]
+    python benchmarks/gpu_check.py --device cpu --small      Triton's interpreter: the harness itself, nothing timed
+
+In this order, each within its share of the time that is left: build the package under build/gpu; the tests of the
+Triton kernels; every kernel's gate; the decode benchmark; every kernel's times; compute-sanitizer. Each step runs in
+processes of its own, as a kernel that is wrong can hang or break a process. One JSON file holds all results and is
+written as they come. Nothing is installed and the GPU's settings stay as they are. Exit code 1 if anything is red, 2 if
+torch sees no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kernels.case import STEMS
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+LIBRARY = ROOT / "build" / "gpu" / "lib"
+TESTS = [*STEMS, "triton_engine"]  # tests/test_<name>.py
+DECODE_ARMS = "naive-bf16,graph-bf16,compile-bf16,triton-bf16,triton-int8"
+SANITIZED = ("memcheck", "racecheck")
+POLL_SECONDS = 2.0
+
+
+class Check:
+    """The results so far, the time that is left, and the commands that are run."""
+
+    def __init__(self, out: Path, budget: float, folder: Path, stems: Sequence[str] = STEMS) -> None:
+        self.out, self.folder, self.stems, self.stop = out, folder, stems, time.monotonic() + budget
+        self.lock = threading.Lock()  # tests and gates run a few at once
+        self.result: dict[str, Any] = {"about": {}, "seconds": {}, "parts": {}, "red": []}
+
+    def describe(self, about: dict[str, Any]) -> None:
+        self.result["about"] = about
+        print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
+
+    def put(self, part: str, name: str, value: Any) -> None:
+        """A result, and all results into the file."""
+        with self.lock:
+            self.result["parts"].setdefault(part, {})[name] = value
+            self.save()
+
+    def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.out.with_suffix(".partial")
+        partial.write_text(json.dumps(self.result, indent=1) + "\n")
+        partial.replace(self.out)
+
+    def red(self, line: str) -> None:
+        self.result["red"].append(line)
+        print(f"RED: {line}", flush=True)
+
+    def run(
+        self, name: str, words: list[object], limit: float, heard: Callable[[], object] = lambda: None
+    ) -> tuple[int | None, str]:
+        """Run a program, with this package before any other: its exit code (None: out of time) and what it printed.
+
+        heard() is called while it runs, to pick up what it has written.
+        """
+        log = self.folder / f"{name}.log"
+        path = os.pathsep.join(part for part in (str(LIBRARY), os.environ.get("PYTHONPATH")) if part)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [str(word) for word in words],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=self.folder,  # in the checkout, `python -m` would find a siren without kernels
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # so that its own processes end with it
+            )
+            stop = time.monotonic() + limit
+            try:
+                while process.poll() is None and time.monotonic() < stop:
+                    time.sleep(min(POLL_SECONDS, max(0.0, stop - time.monotonic())))
+                    heard()
+            finally:
+                late = process.poll() is None
+                if late:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        heard()
+        return None if late else process.returncode, log.read_text(errors="replace")
+
+
+def build(check: Check, limit: float) -> None:
+    """The package with its C++ extension, which the benchmarks import too."""
+    words = [sys.executable, ROOT / "setup.py", "-q", "build", "--build-base", LIBRARY.parent, "--build-lib", LIBRARY]
+    code, output = check.run("build", ["env", "-C", ROOT, *words], limit)
+    check.result["parts"]["build"] = {"exit": code}
+    if code != 0:
+        check.red(f"build: {_end(code, output)}")
+
+
+def tests(check: Check, limit: float) -> None:
+    """Every test file in a process of its own, a few at once: compiling takes most of the time."""
+    stop = time.monotonic() + limit
+
+    def one(name: str) -> None:
+        words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
+        path = ROOT / "tests" / f"test_{name}.py"
+        code, output = check.run(f"test-{name}", [*words, path], max(1.0, stop - time.monotonic()))
+        row = {"exit": code, **counts(output), "end": output[-4000:] if code != 0 else ""}
+        check.put("tests", name, row)
+        print(f"test_{name}.py: {row['passed']} passed, {len(row['failed'])} failed, {row['skipped']} skipped")
+        if code != 0 or not row["passed"]:
+            check.red(f"test_{name}.py: {_end(code, output)}")
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        list(pool.map(one, TESTS))
+
+
+def counts(output: str) -> dict[str, Any]:
+    """What `pytest -v` printed, as far as it got."""
+    results = re.findall(r"^\S+::(.+) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
+    failed = [name for name, result in results if result in ("FAILED", "ERROR")]
+    passed, skipped = (sum(result == word for _, result in results) for word in ("PASSED", "SKIPPED"))
+    return {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def kernels(check: Check, limit: float, part: str, options: list[str], at_once: int = 1) -> None:
+    """kernel_times.py for every kernel. One after another each has its share of the time left, else all of it."""
+    stop = time.monotonic() + limit
+    waiting = list(check.stems)
+
+    def one(stem: str) -> None:
+        share = (stop - time.monotonic()) / (len(waiting) if at_once == 1 else 1)
+        waiting.remove(stem)
+        path = check.folder / f"{part}-{stem}.json"
+
+        def heard() -> None:
+            check.put(part, stem, _json(path) or {"rows": []})
+
+        words = [sys.executable, BENCHMARKS / "kernel_times.py", "--stem", stem, "--json", path, *options]
+        code, output = check.run(f"{part}-{stem}", [*words, "--budget", max(1, 0.7 * share)], max(5.0, share), heard)
+        found = check.result["parts"][part][stem]
+        print("\n".join(line for line in output.splitlines() if line.startswith("| ")), flush=True)
+        unchecked = found.get("not_run", []) if part == "gates" else []
+        if code != 0 or unchecked or not found["rows"]:
+            check.red(f"{part}, {stem}: {f'no time for {unchecked}' if unchecked else _end(code, output)}")
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, check.stems))
+
+
+def decode(check: Check, limit: float) -> None:
+    """The decode benchmark at 1.6B. The persistent arm can hang, so only after its own gate was green."""
+    gates = check.result["parts"].get("gates", {}).get("residual_frame", {}).get("rows", [])
+    names = DECODE_ARMS
+    if gates and all(row["gate"] == "green" for row in gates):
+        names += ",persistent-bf16"
+    else:
+        check.red("decode: without the persistent arm, as the gate of residual_frame is not green")
+    path = check.folder / "decode.json"
+
+    def heard() -> None:
+        check.result["parts"]["decode"] = _json(path) or {"rows": []}
+        check.save()
+
+    words = [sys.executable, BENCHMARKS / "decode.py", "--device", "cuda", "--batch", "1,8,16", "--arms", names]
+    code, output = check.run("decode", [*words, "--out", path], limit, heard)
+    print(output[-6000:], flush=True)
+    if code != 0:
+        check.red(f"decode: {_end(code, output)}")
+
+
+def sanitizers(check: Check, limit: float) -> None:
+    """The gates at small sizes under compute-sanitizer. Without PyTorch's memory pool, which would hide overruns."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not on PATH: not run")
+        check.put("sanitizers", "not_run", "compute-sanitizer is not on PATH")
+        return
+    stop = time.monotonic() + limit
+    jobs = [(kind, stem) for kind in SANITIZED for stem in check.stems]
+    for done, (kind, stem) in enumerate(jobs):
+        share = max(1.0, (stop - time.monotonic()) / (len(jobs) - done))
+        words = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", kind, "--error-exitcode", "9"]
+        words += [sys.executable, BENCHMARKS / "kernel_times.py", "--small", "--gates", "--stem", stem]
+        code, output = check.run(f"{kind}-{stem}", words, share)
+        check.put("sanitizers", f"{kind} {stem}", {"exit": code, "end": output[-4000:] if code != 0 else ""})
+        print(f"{kind} {stem}: {'clean' if code == 0 else _end(code, output)}", flush=True)
+        if code:  # a slow tool that ran out of time found nothing wrong
+            check.red(f"{kind}, {stem}: {_end(code, output)}")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """The file's content, or None while it is not there or half written."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _end(code: int | None, output: str) -> str:
+    """How a command ended, in one line: the last line that names an error, or the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    line = next((line for line in reversed(lines) if "rror" in line), lines[-1])[:300]
+    return f"{'not done in time' if code is None else f'exit code {code}'}: {line}"
+
+
+def about(device: str) -> dict[str, Any]:
+    """The machine, as benchmarks/machine.py describes it."""
+    if device == "cpu":
+        return {"device": "cpu, Triton's interpreter: nothing is timed"}
+    environment = {**os.environ, "PYTHONPATH": str(LIBRARY)}
+    words = [sys.executable, str(BENCHMARKS / "machine.py")]
+    made = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    return json.loads(made.stdout) if made.returncode == 0 else {"error": _end(made.returncode, made.stderr)}
+
+
+def gpu_name() -> str:
+    """The GPU that torch sees. Ends the program, with one line, where there is none."""
+    script = (
+        "import torch as t; print(t.__version__, t.cuda.get_device_name() if t.cuda.is_available() else '', sep='|')"
+    )
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    version, _, name = made.stdout.strip().partition("|")
+    if not name:
+        found = (
+            f"torch {version} of {sys.executable} sees no CUDA device" if version else f"{sys.executable} has no torch"
+        )
+        print(f"error: {found}: set PYTHON to one that has a GPU", file=sys.stderr)
+        raise SystemExit(2)
+    return name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Test, gate and time the GPU kernels on this machine.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: Triton's interpreter")
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--stem", nargs="+", default=STEMS, choices=STEMS, help="kernels to check and time; all")
+    parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
+    parser.add_argument("--out", type=Path, help="JSON file to write; benchmarks/results/gpu-<name>.json")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.small:
+        parser.error("Triton's interpreter is slow: --device cpu needs --small")
+    name = gpu_name() if options.device == "cuda" else "interpreter"
+    sizes = ["--device", options.device, *(["--small"] if options.small else [])]
+    steps: list[tuple[str, float, Callable[[Check, float], None]]] = [  # with a weight for its share of the time
+        ("build", 6, build),
+        ("tests", 6, tests),
+        ("gates", 4, lambda check, limit: kernels(check, limit, "gates", [*sizes, "--gates"], at_once=3)),
+        ("decode", 7, decode),
+        ("times", 6, lambda check, limit: kernels(check, limit, "times", sizes)),
+        ("sanitizers", 2, sanitizers),
+    ]
+    if options.device == "cpu":
+        steps = [("gates and arms", 1, lambda check, limit: kernels(check, limit, "gates and arms", sizes))]
+    out = options.out or BENCHMARKS / "results" / f"gpu-{name.lower().replace(' ', '-')}.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
+    with tempfile.TemporaryDirectory(prefix="siren-gpu-check-") as folder:
+        check = Check(out.resolve(), options.budget, Path(folder), options.stem)
+        for i, (title, weight, step) in enumerate(steps):
+            start = time.monotonic()
+            limit = max(1.0, (check.stop - start) * weight / sum(left for _, left, _ in steps[i:]))
+            print(f"\n== {title}: at most {limit:.0f} s", flush=True)
+            try:
+                step(check, limit)
+            except Exception as error:
+                check.red(f"{title}: {type(error).__name__}: {error}")
+            if not check.result["about"]:
+                check.describe(about(options.device))
+            check.result["seconds"][title] = round(time.monotonic() - start, 1)
+            check.save()
+    print(f"\nwrote {check.out}")
+    print("\n".join(f"RED: {line}" for line in check.result["red"]) or "everything is green")
+    if options.device == "cpu":
+        print("Triton's interpreter on the CPU: nothing was timed, nothing ran on a GPU")
+    raise SystemExit(1 if check.result["red"] else 0)
+
+
+if __name__ == "__main__":
+    main()

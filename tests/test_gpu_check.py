@@ -1,0 +1,281 @@
+"""The benchmarks for a GPU do what they say, as far as a CPU shows: their gates, decoders, clocks and reports.
+
+Where a GPU is needed to go on, its events and copies are replaced. No figure is judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import siren
+from siren.sampling import SamplingSettings
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+SEEDS = np.array([3, 1 << 50, 4], dtype=np.uint64)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of benchmarks/ or benchmarks/kernels/."""
+    monkeypatch.syspath_prepend(FOLDER / "kernels")
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def run(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(str(word) for word in words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def equal_to_rounding(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 8 units in the last place of the largest value: attention over another length adds in another order."""
+    limit = 8 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
+
+
+def test_static_decoder_draws_the_codes_of_the_reference(load: Any) -> None:
+    """Also in several steps, with a padded prompt, and when codes are forced; beyond its room it raises."""
+    config = siren.SirenConfig.preset("tiny")
+    reference = load("arms").build("naive-fp32", config, 1, {})
+    static = load("static_arm").StaticDecoder(reference, 20)
+    prompt, mask = load("arms").random_prompts(config, 3, 7)
+    mask[1, 4:] = False
+    plain, state = (decoder.start(prompt, mask, SEEDS, SamplingSettings()) for decoder in (reference, static))
+    plain.step(20, None)
+    done = []
+    state.step(1, None)
+    state.step(19, lambda *progress: done.append(progress))
+    assert torch.equal(state.codes, plain.codes)
+    equal_to_rounding(state.logprobs, plain.logprobs)
+    assert done == [(frame, 19) for frame in range(1, 20)]
+    with pytest.raises(siren.InputError, match="room for 20 frames, not 20 \\+ 1"):
+        state.step(1)
+
+    codes = plain.codes[:, :, :5].flip(1)
+    plain, state = (decoder.start(prompt, mask, SEEDS, SamplingSettings()) for decoder in (reference, static))
+    expected = plain.force(codes)
+    equal_to_rounding(state.force(codes), expected)
+    assert torch.equal(state.codes, codes)
+    with pytest.raises(siren.InputError, match="default settings"):
+        static.start(prompt, mask, SEEDS, SamplingSettings(top_k=3))
+
+
+def test_compiled_static_decoder_compiles_each_shape_once(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for the backbone blocks of all experts, two for the residual decoders; the codes are the same."""
+    config = siren.SirenConfig.preset("tiny")
+    reference = load("arms").build("naive-fp32", config, 1, {})
+    counter = importlib.import_module("torch._dynamo.testing").CompileCounterWithBackend("eager")
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode, **options: compile_(function, backend=counter, **options)
+    )
+    static = load("static_arm").StaticDecoder(reference, 6, compiled=True)
+    monkeypatch.undo()
+    prompt, mask = torch.randn(3, 5, config.prompt_dim), torch.ones(3, 5, dtype=torch.bool)
+    plain, state = (decoder.start(prompt, mask, SEEDS, SamplingSettings()) for decoder in (reference, static))
+    plain.step(6, None)
+    state.step(6, None)
+    assert torch.equal(state.codes, plain.codes)
+    assert counter.frame_count == 3
+    torch.compiler.reset()
+
+
+def test_decode_gate(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Green for the static decoder; red for wrong logits, for wrong draws of right logits, and for wrong reports."""
+    static_arm = load("static_arm")
+    gate = load("gpu_arms").Gate(siren.SirenConfig.preset("tiny"), "cpu")
+    assert "graph-fp32: 0 of 576 codes differ" in gate.check("graph-fp32")
+    assert gate.check("graph-bf16").startswith("graph-bf16: logits ")
+
+    advance, keep = static_arm.StaticState._advance, static_arm.StaticState._keep
+
+    def no_positions(self: Any, pick: Any) -> None:
+        self.positions.zero_()
+        advance(self, pick)
+
+    def greedy(self: Any, codebook: int, logits: torch.Tensor) -> torch.Tensor:
+        codes = logits.argmax(dim=-1)
+        keep(self, codebook, logits, codes)
+        return codes
+
+    faults = {
+        "_advance": no_positions,
+        "_draw": greedy,
+        "_keep": lambda self, codebook, logits, codes: keep(self, codebook, logits * 0.9, codes),
+    }
+    for name, fault in faults.items():
+        gate.errors.cache_clear()
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="graph-bf16: logits"):
+            patch.setattr(static_arm.StaticState, name, fault)
+            gate.check("graph-bf16")
+
+
+class Probe:
+    """Stands for gpu_timing.CopyProbe."""
+
+    def run(self) -> float:
+        return 4e12
+
+
+def clocked(call: Any) -> float:
+    """Stands for gpu_timing.elapsed."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def test_decode_rows(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row for each arm and batch, with the frames it stands for; written also when an arm is red."""
+    gpu_decode, machine, readme = load("gpu_decode"), load("machine"), load("readme")
+    monkeypatch.setattr(gpu_decode, "CopyProbe", Probe)
+    monkeypatch.setattr(gpu_decode, "elapsed", clocked)
+    about = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "c"}
+    monkeypatch.setattr(machine, "describe_gpu", lambda: about)
+    monkeypatch.setattr(machine, "gpu_clocks", lambda: {"sm": "1980 MHz"})
+    monkeypatch.setitem(sys.modules, "siren.triton_engine", None)
+    names, out = ["naive-bf16", "graph-bf16", "triton-bf16"], tmp_path / "decode.json"
+    config = siren.SirenConfig.preset("tiny")
+    with pytest.raises(siren.SamplingError, match="the gate is red for triton-bf16: not timed"):
+        gpu_decode.compare(config, "cpu", {"preset": "tiny", "command": "c"}, names, [1, 2], 4, 3, 5, out, None)
+    result = json.loads(out.read_text())
+    assert [(row["batch"], row["arm"]) for row in result["rows"]] == [(b, a) for b in (1, 2) for a in names[:2]]
+    assert all(row["frames"] == [4, 16] and row["ms"] > 0 for row in result["rows"])
+    assert result["rows"][0]["ratio_to_naive_bf16"] == 1
+    assert result["copy_gb_per_s"]["2"] == {"median": 4000, "all": [4000] * 8}
+    row = result["rows"][1]
+    assert row["share_of_bandwidth"] == pytest.approx(row["gb_moved"] / (row["ms"] / 1e3 * 4000))
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    saved = tmp_path / "benchmarks" / "results" / "gpu-x.json"
+    saved.write_text(json.dumps({"parts": {"decode": result}}))
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    section = readme.decode_section()
+    assert section.startswith("tiny, a GPU, SM at 1980 MHz, driver 1, torch 2, triton 3, 2026-01-01, commit c. Copy ")
+    assert section.count("\n| graph-bf16 |") == 2
+
+
+def fake_kernels(load: Any, gates: dict[str, Any]) -> ModuleType:
+    """A benchmark module with a case for each gate; every arm adds its name to `ran`."""
+    module = ModuleType("fake")
+    module.ran = []  # type: ignore[attr-defined]
+    case = load("case").Case
+
+    def cases(device: str, small: bool) -> Any:
+        for label, gate in gates.items():
+            arms = {
+                name: lambda name=name, label=label: module.ran.append((label, name)) for name in ("eager", "triton")
+            }
+            yield case("fake", label, arms, gate, 3_000_000, 5)
+
+    module.cases = cases  # type: ignore[attr-defined]
+    return module
+
+
+def test_nothing_runs_on_a_red_gate(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A gate that fails or raises is red; an arm that raises is a fault of its own; out of time is said."""
+    times = load("kernel_times")
+
+    def fail() -> None:
+        raise AssertionError("error 3,\n limit 2")
+
+    fake = fake_kernels(load, {"good": lambda: None, "bad": fail, "ugly": lambda: 1 / 0})
+    monkeypatch.setattr(times, "load", lambda stem: fake)
+    options = argparse.Namespace(device="cpu", small=True, gates=False, stem=["fake"], budget=9.0, json=tmp_path / "j")
+    result = times.measure(options)
+    assert json.loads(options.json.read_text()) == result
+    assert [row["gate"] for row in result["rows"]] == [
+        "green",
+        "red: AssertionError: error 3, limit 2",
+        "red: ZeroDivisionError: division by zero",
+    ]
+    assert fake.ran == [("good", "eager"), ("good", "triton")]
+    assert len(times.faults(result["rows"])) == 2
+    assert times.run_once(load("case").Case("s", "l", {"eager": fail}, fail, 1, 1)) == {
+        "eager": "AssertionError: error 3, limit 2"
+    }
+    options.budget = -1.0
+    assert times.measure(options) == {"rows": [], "not_run": ["fake: good and what follows"]}
+
+
+def test_figures_of_a_case(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    times, timing = load("kernel_times"), load("gpu_timing")
+    seconds = {"eager": [4e-6] * 9, "triton": [1e-6, 2e-6, 3e-6]}
+    monkeypatch.setattr(timing, "interleaved", lambda arms, budget: {name: seconds[name] for name in arms})
+    (case,) = fake_kernels(load, {"good": lambda: None}).cases("cuda", False)
+    row = {"stem": "fake", "label": "good", "gate": "green", "arms": times.timed(case, {}, 3e12, 1e9)}
+    own = row["arms"]["triton"]
+    assert own["ratio_to"] == {"eager": pytest.approx(2)}
+    assert (own["share_of_copy"], own["share_of_matmul"]) == (pytest.approx(0.5), pytest.approx(0.0025))
+    assert times.table([row]).endswith("\n| fake: good | green | triton | 2.0 | 1.2 to 2.8 | 2.00 |  | 0.50 | 0.00 |")
+    assert list(times.timed(case, {"triton": "raises"}, 3e12, 1e9)) == ["eager"]
+
+
+@no_gpu
+def test_without_a_gpu_it_is_one_line() -> None:
+    made = run(FOLDER / "gpu_check.py")
+    assert made.returncode == 2
+    assert made.stderr.startswith(f"error: torch {torch.__version__} of ") and made.stderr.count("\n") == 1
+    made = run(FOLDER / "decode.py", "--device", "cuda")
+    assert (made.returncode, made.stderr) == (2, f"error: torch {torch.__version__} sees no CUDA device\n")
+
+
+@pytest.fixture
+def check(load: Any, tmp_path: Path) -> Any:
+    return load("gpu_check").Check(tmp_path / "out.json", 60, tmp_path)
+
+
+def test_a_program_that_hangs_is_ended_with_what_it_started(check: Any, tmp_path: Path) -> None:
+    """Out of time: no exit code, what it printed is kept, and no process of its own outlives it."""
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    assert check.run("hang", [sys.executable, "-c", code], 2) == (None, "begun\n")
+    time.sleep(3)
+    assert not mark.exists()
+    assert check.run("fail", [sys.executable, "-c", "print(1); raise SystemExit(3)"], 30) == (3, "1\n")
+
+
+def test_test_results_are_counted(load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu_check = load("gpu_check")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    source = "import pytest\n\n@pytest.mark.parametrize('n', [1, 2, 3])\ndef test_n(n):\n    assert n < 3\n"
+    (tmp_path / "tests" / "test_mixed.py").write_text(source + "\n\ndef test_none():\n    pytest.skip()\n")
+    (tmp_path / "tests" / "test_good.py").write_text("def test_one():\n    pass\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "TESTS", ["mixed", "good", "missing"])
+    gpu_check.tests(check, 60)
+    part = check.result["parts"]["tests"]
+    assert {key: part["mixed"][key] for key in ("passed", "failed", "skipped")} == {
+        "passed": 2,
+        "failed": ["test_n[3]"],
+        "skipped": 1,
+    }
+    assert (part["good"]["passed"], part["good"]["exit"], part["good"]["end"]) == (1, 0, "")
+    assert sorted(line.split(":")[0] for line in check.result["red"]) == ["test_missing.py", "test_mixed.py"]
+
+
+def test_check_in_the_interpreter(tmp_path: Path) -> None:
+    """One kernel through the whole harness: gates and arms run, and it says that nothing was timed."""
+    pytest.importorskip("triton")
+    out = tmp_path / "gpu.json"
+    made = run(FOLDER / "gpu_check.py", "--device", "cpu", "--small", "--stem", "sample_heads", "--out", out)
+    result = json.loads(out.read_text())
+    assert made.returncode == 0, made.stdout
+    assert "nothing was timed, nothing ran on a GPU" in made.stdout
+    rows = result["parts"]["gates and arms"]["sample_heads"]["rows"]
+    assert rows and all(row["gate"] == "green" and row["arm_errors"] == {} and "arms" not in row for row in rows)
+    assert result["red"] == []
