@@ -40,7 +40,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The instrumented builds live under build/ and come before the ordinary one on PYTHONPATH. Python itself is not
 # instrumented, so the sanitizer's library is loaded first; libstdc++ beside it so that exceptions are intercepted.

@@ -102,7 +102,7 @@ def backbone_step_reference(
     return norm(x, w["final_norm"])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _query_kernel(
     x,
     frame,
@@ -133,7 +133,7 @@ def _query_kernel(
     store_product(acc, bias + k * d, n, in_n, in_r, q + rows, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _output_kernel(
     x,
     frame,
@@ -165,7 +165,7 @@ def _output_kernel(
     add_product(acc, bias + k * d, n, in_n, in_r, x, shift, x, BIAS, SHIFT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _qkv_kernel(
     x,
     frame,
@@ -199,7 +199,7 @@ def _qkv_kernel(
     qkv_product(acc, n, in_n, in_r, q + row * d, keys + place, values + place, capacity * head_dim, d, kv, head_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _swiglu_kernel(
     x,
     norm,
@@ -224,7 +224,7 @@ def _swiglu_kernel(
     swiglu_product(weight, scale, first, hidden, x, r < R, norm + k * d, out, d, eps, BLOCK_N, BLOCK_R, BLOCK_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "rows"])
 def _attend_kernel(
     q,  # [K, R, heads * head_dim]
     keys,  # [K, rows, kv_heads, capacity, head_dim]
@@ -278,7 +278,7 @@ def _attend_kernel(
     tl.store(out + here, mixed / norm, mask=in_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _norm_kernel(x, weight, out, R, d, eps, BLOCK_D: tl.constexpr):
     """out = norm(x), one row a program."""
     k, r = tl.program_id(1).to(tl.int64), tl.program_id(0)

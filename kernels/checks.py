@@ -22,17 +22,17 @@ def check_tensor(
 ) -> None:
     """The tensor is contiguous, on the device, of one of the dtypes and of these dimensions; None passes.
 
-    dims names them: "K R d" or "L K 2*hidden d". A name seen for the first time takes its size from the tensor and
+    dims names them: "K R d", "L K 2*hidden d" or "1". A name seen for the first time takes its size from the tensor and
     goes into `sizes`; after that it must fit. Raises ValueError naming the tensor and what it should be.
     """
     if tensor is None:
         return
     names = dims.split()
-    if tensor.ndim == len(names):
-        for dim, size in zip(names, tensor.shape, strict=True):
-            factor, _, symbol = dim.rpartition("*")
-            sizes.setdefault(symbol, size // int(factor or 1))
-    expected = [int(dim.rpartition("*")[0] or 1) * sizes.get(dim.rpartition("*")[2], 0) for dim in names]
+    expected = []
+    for dim, size in zip(names, tensor.shape if tensor.ndim == len(names) else [0] * len(names), strict=True):
+        factor, _, symbol = dim.rpartition("*")
+        number = int(symbol) if symbol.isdigit() else sizes.setdefault(symbol, size // int(factor or 1))
+        expected.append(number * int(factor or 1))
     if list(tensor.shape) != expected or tensor.dtype not in dtypes or not tensor.is_contiguous():
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(

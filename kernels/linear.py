@@ -39,7 +39,7 @@ def tile_sizes(weight: torch.Tensor, matrices: int, rows: int) -> dict[str, int]
     every multiprocessor gets one. In the interpreter a program costs milliseconds whatever its size: large ones.
     """
     wide = 16 if rows <= 16 or weight.dtype == torch.float32 else 32
-    tall = 256 if INTERPRETED.value else 16 if matrices < 16384 or wide > 16 else 32
+    tall = 1024 if INTERPRETED.value else 16 if matrices < 16384 or wide > 16 else 32
     inputs, stages = {torch.float32: (32, 2), torch.bfloat16: (128, 4), torch.int8: (128, 3)}[weight.dtype]
     if wide > 16:
         stages = 2  # the activations' tiles fill the shared memory

@@ -99,7 +99,7 @@ def residual_frame_reference(
     return codes, logprobs, total, logits
 
 
-@triton.jit(do_not_specialize=["k", "block", "first"])
+@triton.jit(do_not_specialize=["k", "block", "first", "R", "rows"])
 def _qkv_kernel(
     h,
     condition,
@@ -133,7 +133,7 @@ def _qkv_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["k", "block", "first"])
+@triton.jit(do_not_specialize=["k", "block", "first", "R", "rows"])
 def _output_kernel(
     h,
     condition,
@@ -168,7 +168,7 @@ def _output_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_kernel(
     x,
     norm,
@@ -188,7 +188,7 @@ def _swiglu_kernel(
     swiglu_tile(x, i < rows, i, column, norm, weight, scale, act, d, hidden, eps, BLOCK_N, BLOCK_R, BLOCK_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _down_kernel(
     x,
     weight,

@@ -104,7 +104,7 @@ def head_tile(
     tl.store(logits[None, :] + v[:, None], acc, mask=in_v[:, None] & in_b[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "R", "top_k", "top_p"])
 def _sample_kernel(
     x,
     norm,

@@ -27,6 +27,7 @@ from .sampling import SamplingSettings, check_drawn
 if TYPE_CHECKING:
     from .triton_engine import TritonDecoder
 
+_FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
 _AHEAD = 8  # frames that may be launched and not yet collected: a frame takes the host less time than the device
 
 
@@ -212,7 +213,8 @@ class TritonState:
         """Room for this many frames in all. Doubling keeps the copies of a long stream of short steps linear."""
         if frames <= self.capacity:
             return
-        capacity, used = min(max(frames, 2 * self.capacity, 64), self.decoder.config.max_seq_len), self.frame
+        used, longest = self.frame, self.decoder.config.max_seq_len
+        capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
         keys, values = self._new_cache(capacity)
         keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
         shape = (self.batch, self.decoder.config.num_codebooks, capacity)

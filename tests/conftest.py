@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, in which Triton's interpreter computes; read at import
+
 import hypothesis
 import numpy as np
 import pytest

@@ -1,7 +1,6 @@
 """Compiles every kernel launch for GPUs that are not here and says what each kernel takes: no GPU is needed.
 
     python benchmarks/kernels/compile_report.py [--arch 80 90 100 120] [--stem rvq_embed ...] [--json FILE]
-    python benchmarks/kernels/compile_report.py --every 4     a quarter: each launch for one of the architectures
 
 Each kernel's `launches()` run on meta tensors under a driver that only names an architecture, and a launch compiles
 and stops there. So a kernel is specialised as it would be at run time: types, divisibility by 16, constants, warps and
@@ -21,7 +20,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from case import DECODE_STEMS, STEMS, load
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block can have
 WORKERS = 2
-_Launch = tuple[str, Callable[[], object]]
 _PTXAS = {
     "registers": re.compile(r"Used (\d+) registers"),
     "stack": re.compile(r"(\d+) bytes stack frame"),
@@ -100,15 +98,7 @@ def describe(kernel: Any, log: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def chosen(launches: Iterable[_Launch], every: int, turn: int) -> list[_Launch]:
-    """One of every `every` launches. Each is one of them for exactly one `turn` from 0 to every - 1.
-
-    The choice moves on by one from group to group: launches often differ in a pattern of the same length.
-    """
-    return [launch for i, launch in enumerate(launches) if (i + i // every + turn) % every == 0]
-
-
-def compile_arch(arch: int, stems: list[str], every: int, turn: int) -> list[dict[str, Any]]:
+def compile_arch(arch: int, stems: list[str]) -> list[dict[str, Any]]:
     """Rows of one architecture: a compiled kernel each, or {"error": ...} for what did not compile."""
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
@@ -116,7 +106,7 @@ def compile_arch(arch: int, stems: list[str], every: int, turn: int) -> list[dic
     listed: set[tuple[str, str]] = set()
     for stem in stems:
         try:
-            launches = chosen(load(stem).launches(), every, turn)
+            launches = list(load(stem).launches())
         except Exception as error:
             rows.append({"stem": stem, "label": "launches()", "arch": arch, "error": _line(error)})
             continue
@@ -183,18 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), metavar="CC")
     parser.add_argument("--stem", nargs="+", default=list(STEMS), choices=STEMS)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one of every N launches")
     parser.add_argument("--json", type=Path, help="file to write")
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported, which the workers do
     with tempfile.TemporaryDirectory(prefix="siren-compile-") as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # an old compilation would hide a failure and has no log
         with multiprocessing.get_context("spawn").Pool(min(WORKERS, len(options.arch))) as pool:
-            parts = pool.starmap(
-                compile_arch,
-                [(arch, options.stem, options.every, turn) for turn, arch in enumerate(options.arch)],
-                chunksize=1,
-            )
+            parts = pool.starmap(compile_arch, [(arch, options.stem) for arch in options.arch], chunksize=1)
     rows = [row for part in parts for row in part]
     print(table(rows))
     wrong = faults(rows)
