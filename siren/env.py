@@ -43,6 +43,7 @@ def environment() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
         },
         "engine": _engine(),
+        "triton": _triton(),
         "gpu": [
             "{0}, compute capability {1[0]}.{1[1]}".format(
                 torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
@@ -66,6 +67,8 @@ def report(values: dict[str, Any]) -> str:
         lines.append(f"C++ engine: built; instruction path {engine['instructions']}, {engine['threads']} threads")
     else:
         lines.append(f"C++ engine: not available: {engine['reason']}")
+    triton = values["triton"]
+    lines.append("Triton kernels: " + (f"on {triton['device']}" if triton["available"] else triton["reason"]))
     lines.append(f'backend "auto": {auto["backend"] or "none"}: {auto["reason"]}')
     lines.append(f"GPU: {'; '.join(values['gpu']) or 'none that torch can use'}")
     lines.append(f"CUDA of torch: {values['cuda_of_torch'] or 'none'}; nvcc: {values['nvcc'] or 'not found'}")
@@ -109,6 +112,17 @@ def _engine() -> dict[str, Any]:
         return {"available": True, "instructions": instruction_path(), "threads": default_threads()}
     except SirenError as error:
         return {"available": False, "reason": str(error)}
+
+
+def _triton() -> dict[str, Any]:
+    from .errors import SirenError
+    from .triton_engine import interpreted, kernel_device
+
+    try:
+        device = str(kernel_device())
+    except SirenError as error:
+        return {"available": False, "reason": str(error)}
+    return {"available": True, "device": f"{device}, in Triton's interpreter" if interpreted() else device}
 
 
 def _auto() -> dict[str, Any]:
