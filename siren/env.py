@@ -116,7 +116,7 @@ def _engine() -> dict[str, Any]:
 
 def _triton() -> dict[str, Any]:
     from .errors import SirenError
-    from .triton_engine import interpreted, kernel_device
+    from .triton_weights import interpreted, kernel_device
 
     try:
         device = str(kernel_device())

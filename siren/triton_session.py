@@ -13,7 +13,6 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,7 @@ from torch import Tensor
 from .errors import InputError
 from .reference import distinct_prompts
 from .sampling import SamplingSettings, check_drawn
-
-if TYPE_CHECKING:
-    from .triton_engine import TritonDecoder
+from .triton_weights import TritonWeights
 
 _FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
 _AHEAD = 8  # frames that may be launched and not yet collected: a frame takes the host less time than the device
@@ -63,28 +60,29 @@ class TritonState:
 
     def __init__(
         self,
-        decoder: TritonDecoder,
+        weights: TritonWeights,
         prompt: Tensor,
         prompt_mask: Tensor,
         seeds: NDArray[np.uint64],
         settings: SamplingSettings,
+        persistent: bool,
     ) -> None:
-        config, device = decoder.config, decoder.device
-        self.decoder, self.settings = decoder, settings
+        config, device = weights.config, weights.device
+        self.weights, self.settings, self.persistent = weights, settings, persistent
         self.batch, self.frame, self.capacity = len(seeds), 0, 0
         self.rows = self.batch * (2 if settings.guided else 1)
         self._lock = threading.Lock()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False  # whether a frame of these sizes ran, which compiles its kernels
         tokens, mask, index = distinct_prompts(prompt, prompt_mask, settings.guided)
-        with _memory(f"{self.batch} sequences"), decoder.on_device():
+        with _memory(f"{self.batch} sequences"), weights.on_device():
             tokens, mask, index = (tensor.to(device) for tensor in (tokens, mask, index))
-            self._prompt_keys, self._prompt_values = decoder.prompt_cache(tokens)
+            self._prompt_keys, self._prompt_values = weights.prompt_cache(tokens)
             self._prompt_mask, self._prompt_index = mask.contiguous(), index.to(torch.int32)
-            self._start = decoder.decoder_starts(tokens, mask)[:, index].contiguous()
+            self._start = weights.decoder_starts(tokens, mask)[:, index].contiguous()
             self._seeds = torch.from_numpy(seeds.view(np.int64)).to(device)
             self._frames = torch.zeros(self.batch, dtype=torch.int64, device=device)  # on the device: its next frame
-            self._inputs = decoder.sos.unsqueeze(1).repeat(1, self.batch, 1)
+            self._inputs = weights.sos.unsqueeze(1).repeat(1, self.batch, 1)
             self._keys, self._values = self._new_cache(0)
         self._codes = torch.empty(self.batch, config.num_codebooks, 0, dtype=torch.int64)
         self._logprobs = torch.empty(self.batch, config.num_codebooks, 0)
@@ -116,7 +114,7 @@ class TritonState:
         with self._lock, self._sound():
             self._reserve(self.frame + codes.shape[2])
             logits = []
-            for given in codes.to(self.decoder.device).unbind(dim=2):
+            for given in codes.to(self.weights.device).unbind(dim=2):
                 drawn, logprobs, now = self._advance(given.contiguous())
                 self._collect(_Flight(drawn, logprobs))
                 logits.append(now.cpu())
@@ -124,10 +122,10 @@ class TritonState:
 
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
         """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
-        with self._lock, self.decoder.on_device():
+        with self._lock, self.weights.on_device():
             kept = torch.tensor(indices)
             rows = torch.cat((kept, self.batch + kept)) if self.settings.guided else kept
-            device = self.decoder.device
+            device = self.weights.device
             dims = {"_keys": 2, "_values": 2, "_start": 1, "_prompt_index": 0, "_inputs": 1, "_seeds": 0, "_frames": 0}
             with _memory(f"{len(indices)} sequences"):
                 index = {name: kept if name in ("_inputs", "_seeds", "_frames") else rows for name in dims}
@@ -146,11 +144,11 @@ class TritonState:
 
     def _advance(self, forced: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Launch one frame: its codes, log-probabilities and logits, on the device."""
-        decoder, settings = self.decoder, self.settings
-        hidden = decoder.backbone_step(
+        weights, settings = self.weights, self.settings
+        hidden = weights.backbone_step(
             self._inputs.repeat(1, self.rows // self.batch, 1),
             self._frames[:1],
-            decoder.positions,
+            weights.positions,
             self._prompt_keys,
             self._prompt_values,
             self._prompt_mask,
@@ -158,8 +156,8 @@ class TritonState:
             self._keys,
             self._values,
         )
-        codes, logprobs, inputs, logits = decoder.residual_frame(
-            hidden, self._start, self._seeds, self._frames, forced, settings, decoder.persistent and forced is None
+        codes, logprobs, inputs, logits = weights.residual_frame(
+            hidden, self._start, self._seeds, self._frames, forced, settings, self.persistent and forced is None
         )
         self._inputs.copy_(inputs)
         self._frames += 1
@@ -167,7 +165,7 @@ class TritonState:
 
     def _launch(self) -> tuple[Tensor, Tensor]:
         """One frame: the first as it is, which compiles its kernels, later ones as a captured graph."""
-        if self._graph is None and self._warm and self.decoder.device.type == "cuda":
+        if self._graph is None and self._warm and self.weights.device.type == "cuda":
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._written = self._advance()
@@ -189,35 +187,35 @@ class TritonState:
     @contextlib.contextmanager
     def _sound(self) -> Iterator[None]:
         """Leave the device at the last frame that counts, whatever happens inside."""
-        with self.decoder.on_device(), _memory(f"more frames of {self.batch} sequences"):
+        with self.weights.on_device(), _memory(f"more frames of {self.batch} sequences"):
             try:
                 yield
             except BaseException:
-                if self.decoder.device.type == "cuda":
+                if self.weights.device.type == "cuda":
                     torch.cuda.synchronize()
                 self._frames.fill_(self.frame)
                 if self.frame:
-                    self._inputs.copy_(self.decoder.embed(self._codes[:, :, self.frame - 1]))
+                    self._inputs.copy_(self.weights.embed(self._codes[:, :, self.frame - 1]))
                 else:
-                    self._inputs.copy_(self.decoder.sos.unsqueeze(1).expand_as(self._inputs))
+                    self._inputs.copy_(self.weights.sos.unsqueeze(1).expand_as(self._inputs))
                 raise
 
     def _new_cache(self, capacity: int) -> tuple[Tensor, Tensor]:
-        decoder, config = self.decoder, self.decoder.config
+        weights, config = self.weights, self.weights.config
         blocks, experts = config.spatial_layers, config.num_experts
         shape = (blocks, experts, self.rows, config.n_kv_heads, capacity, config.head_dim)
-        keys, values = torch.empty((2, *shape), dtype=decoder.cache_dtype, device=decoder.device).unbind(0)
+        keys, values = torch.empty((2, *shape), dtype=weights.cache_dtype, device=weights.device).unbind(0)
         return keys, values
 
     def _reserve(self, frames: int) -> None:
         """Room for this many frames in all. Doubling keeps the copies of a long stream of short steps linear."""
         if frames <= self.capacity:
             return
-        used, longest = self.frame, self.decoder.config.max_seq_len
+        used, longest = self.frame, self.weights.config.max_seq_len
         capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
         keys, values = self._new_cache(capacity)
         keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
-        shape = (self.batch, self.decoder.config.num_codebooks, capacity)
+        shape = (self.batch, self.weights.config.num_codebooks, capacity)
         codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
         codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
         self._keys, self._values, self._codes, self._logprobs = keys, values, codes, logprobs

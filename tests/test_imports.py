@@ -23,6 +23,7 @@ LAYERS = [
     ["expert"],
     ["reference"],
     ["engine"],
+    ["triton_weights"],
     ["triton_session"],
     ["triton_engine"],
     ["sampler"],

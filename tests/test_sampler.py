@@ -280,10 +280,9 @@ def test_auto_says_what_it_picked(model, monkeypatch):
         Sampler(model, backend="cpu")
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_backends_of_later_versions(model, backend):
-    with pytest.raises(BackendError, match=f"'{backend}' is not available in this version; use 'auto', 'cpu'"):
-        Sampler(model, backend=backend)
+def test_backends_of_later_versions(model):
+    with pytest.raises(BackendError, match="'cuda' is not available in this version; use 'auto', 'cpu', 'triton'"):
+        Sampler(model, backend="cuda")
 
 
 @pytest.mark.parametrize(

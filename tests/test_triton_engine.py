@@ -200,16 +200,16 @@ def test_stopped_before_the_first_frame(small: siren.Siren, inputs: tuple[torch.
     prompt, mask = inputs
     sampler = siren.Sampler(small, "triton", "fp32")
     session = sampler.start(prompt, mask)
-    launched = session._state.decoder.residual_frame
+    launched = session._state.weights.residual_frame
 
     def interrupted(*arguments: object) -> None:
         launched(*arguments)
         raise KeyboardInterrupt
 
-    session._state.decoder.residual_frame = interrupted
+    session._state.weights.residual_frame = interrupted
     with pytest.raises(KeyboardInterrupt):
         session.step(2)
-    del session._state.decoder.residual_frame
+    del session._state.weights.residual_frame
     assert session.frame == 0
     session.step(2)
     assert torch.equal(session.codes, sampler.sample(prompt, mask, frames=2).codes)
@@ -249,8 +249,8 @@ def test_residual_sampler(small: siren.Siren) -> None:
 def test_from_pretrained(golden_folder: Path, golden_model: siren.Siren) -> None:
     """A folder gives the weights that the model gives, whatever their type."""
     for weights in ("fp32", "int8"):
-        decoders = [siren.Sampler(source, "triton", weights)._decoder for source in (golden_model,)]
-        decoders.append(siren.Sampler.from_pretrained(golden_folder, "triton", weights)._decoder)
+        decoders = [siren.Sampler(golden_model, "triton", weights)._decoder.weights]
+        decoders.append(siren.Sampler.from_pretrained(golden_folder, "triton", weights)._decoder.weights)
         for part in ("_backbone", "_decoder"):
             for kind in ("tensors", "scales"):
                 one, other = (getattr(getattr(decoder, part), kind) for decoder in decoders)
