@@ -318,7 +318,7 @@ def launch(
 
     def tiled(rows: int) -> tuple[tuple[int, int, int], dict[str, int]]:
         """The grid over a matrix of so many rows an expert, and the sizes of its tiles."""
-        sizes = tile_sizes(w["qkv"], K * rows, R)
+        sizes = tile_sizes(w["qkv"], R)
         return (triton.cdiv(R, sizes["BLOCK_R"]), triton.cdiv(rows, sizes["BLOCK_N"]), K), sizes
 
     heads_grid = (R * heads, K)

@@ -78,7 +78,8 @@ def draw(
 ):
     """Codes int32 [ROWS] and their log-probabilities float32 [ROWS], before top-k and top-p.
 
-    Logits with NaN, plus infinity or nothing finite cannot be drawn from: code 0, log-probability NaN.
+    Logits with NaN, plus infinity or nothing finite cannot be drawn from: code 0, log-probability NaN. So
+    is a given code that is none.
     """
     v = tl.arange(0, BLOCK_V)
     inside = in_b[:, None] & (v < V)[None, :]
@@ -88,7 +89,10 @@ def draw(
     top = tl.max(x, axis=1)
     bad = (tl.sum((x != x).to(tl.int32), axis=1) > 0) | (tl.abs(top) == float("inf"))
     if FORCED:
-        code = tl.load(given, mask=in_b, other=0).to(tl.int32)
+        code = tl.load(given, mask=in_b, other=0)
+        outside = (code < 0) | (code >= V)
+        bad = bad | outside
+        code = tl.where(outside, 0, code).to(tl.int32)
     else:
         score = x
         if not GREEDY:

@@ -238,7 +238,7 @@ def launch(
     noise = launch_noise(seeds, frames, J, V) if temperature and forced is None else None
 
     def tiled(matrix_rows: int, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
-        sizes = tile_sizes(w["qkv"], matrix_rows, rows)
+        sizes = tile_sizes(w["qkv"], rows)
         return (triton.cdiv(rows, sizes["BLOCK_R"]), triton.cdiv(matrix_rows, sizes["BLOCK_N"])), sizes
 
     for j in range(J):
@@ -319,6 +319,8 @@ def residual_frame(
         raise ValueError(f"{J} codebooks, {K} experts, {sizes['p']} positions, dim {d} and {heads} heads do not fit")
     if L and ((sizes["n"] - d) % (2 * (d // heads)) or heads * (d // heads) % ((sizes["n"] - d) // 2)):
         raise ValueError(f"qkv has {sizes['n']} rows, which {heads} heads of {d // heads} do not fit")
+    if max(len(seeds) * J * V, 2 * R * max(2 * sizes["hidden"], sizes["n"])) >= 1 << 31:
+        raise ValueError(f"{len(seeds)} sequences are too many for one call")
     if V > sample_heads.MOST_CODES:
         raise ValueError(f"heads have {V} rows; a draw holds at most {sample_heads.MOST_CODES} logits")
     if conditioning not in sample_heads.CONDITIONINGS:

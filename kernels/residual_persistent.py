@@ -27,7 +27,7 @@ def barrier(arrivals, target):
     """Wait until `target` programs in all have arrived here; what they wrote before is seen after."""
     tl.debug_barrier()
     tl.atomic_add(arrivals, 1, sem="release")
-    while tl.atomic_add(arrivals, 0, sem="acquire") < target:
+    while tl.atomic_add(arrivals, 0, sem="acquire") < target:  # the compiler makes it an acquiring load
         pass
     tl.debug_barrier()
 
@@ -218,7 +218,7 @@ def launch(
     keys, values = h.new_empty(2, L, m + 1, R, kv).unbind(0)
     arrivals = torch.zeros(1, dtype=torch.int32, device=h.device)
     head_dim = d // heads
-    sizes = {**tile_sizes(qkv, 0, R), "num_warps": 8, "num_stages": 3}
+    sizes = {**tile_sizes(qkv, R), "num_warps": 8, "num_stages": 3}
     sizes["BLOCK_K"] = min(sizes["BLOCK_K"], 64)  # with 128 its many addresses and tiles do not fit the registers
     resident = {} if INTERPRETED.value else {"launch_cooperative_grid": True}
     _residual_kernel[(programs(h.device),)](

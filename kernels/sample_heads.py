@@ -52,7 +52,7 @@ def sample_heads_reference(
     logits = x @ weight.to(x.dtype).T
     if R != B:
         logits = logits[B:] + guidance * (logits[:B] - logits[B:])
-    scaled = logits / temperature if temperature else logits
+    scaled = logits / logits.new_tensor(temperature) if temperature else logits  # a float would be inverted first
     bad = ~scaled.amax(-1).isfinite()
     if forced is not None:
         codes = forced.clone()
@@ -208,7 +208,7 @@ def launch(
     block_v = triton.next_power_of_2(V)
     at_once = 2048 if top_p < 1 else 4096  # logits in a program's registers: top-p keeps more beside them
     rows = min(triton.next_power_of_2(B), 16, max(1, at_once // block_v))
-    sizes = tile_sizes(head, V, rows)
+    sizes = tile_sizes(head, rows)
     grid = (triton.cdiv(V, sizes["BLOCK_N"]), triton.cdiv(B, rows))
     unused = logits  # a pointer for what the kernel does not read
     _sample_kernel[grid](

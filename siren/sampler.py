@@ -178,7 +178,7 @@ class ResidualSampler:
         self, model: Model | Manifest, backend: str = "auto", weights: str = "bf16", threads: int | None = None
     ) -> None:
         self.config = model.config
-        self._decoder, self._choice = _build(model, backend, weights, threads)
+        self._decoder, self._choice = _build(model, backend, weights, threads, persistent=True)
 
     def describe(self) -> dict[str, Any]:
         """As `Sampler.describe`."""
@@ -219,7 +219,9 @@ class ResidualSampler:
         return self._decoder.residual(h, start, expand_seeds(seed, batch), frames, settings)
 
 
-def _build(source: Model | Manifest, backend: str, weights: str, threads: int | None) -> tuple[Any, dict[str, str]]:
+def _build(
+    source: Model | Manifest, backend: str, weights: str, threads: int | None, persistent: bool = False
+) -> tuple[Any, dict[str, str]]:
     """A decoder and what `describe` adds: the backend that was asked for and the reason for the one that runs."""
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
@@ -253,8 +255,8 @@ def _build(source: Model | Manifest, backend: str, weights: str, threads: int | 
         raise InputError("the reference backend runs on PyTorch's threads: leave threads, call torch.set_num_threads")
     if chosen == "triton":
         if isinstance(source, Manifest):
-            return TritonDecoder.from_folder(source, weights), note
-        return TritonDecoder(source.config, _states(source), weights, device), note
+            return TritonDecoder.from_folder(source, weights, persistent), note
+        return TritonDecoder(source.config, _states(source), weights, device, persistent), note
     if isinstance(source, Manifest):
         return ReferenceDecoder.from_folder(source, weights), note
     return ReferenceDecoder(source.config, _states(source), weights, device), note

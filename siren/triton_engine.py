@@ -24,7 +24,7 @@ class TritonDecoder:
 
     `weights`: "fp32", "bf16" or "int8" (per output channel, symmetric; embedding tables and caches bf16). Activations
     between matrices are float32. `persistent`: whether the residual decoders of a frame run as one persistent kernel
-    instead of many small ones; None: as SIREN_TRITON_RESIDUAL says, "persistent" or "kernels", the default.
+    instead of many small ones; SIREN_TRITON_RESIDUAL, "persistent" or "kernels", has the last word.
     """
 
     def __init__(
@@ -33,25 +33,22 @@ class TritonDecoder:
         experts: Iterable[tuple[int, Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]]],
         weights: str = "bf16",
         device: torch.device | str | None = None,
-        persistent: bool | None = None,
+        persistent: bool = False,
     ) -> None:
-        self.persistent = _persistent() if persistent is None else persistent
+        self.persistent = _persistent(persistent)
         self.weights = TritonWeights(config, experts, weights, device)
 
     @classmethod
-    def from_folder(cls, manifest: Manifest, weights: str = "bf16") -> TritonDecoder:
+    def from_folder(cls, manifest: Manifest, weights: str = "bf16", persistent: bool = False) -> TritonDecoder:
         """Build from a checkpoint folder, holding one tensor beside the stacked weights."""
         experts = ((entry.start_codebook, iter_tensors(entry, manifest.config)) for entry in manifest.experts)
-        return cls(manifest.config, experts, weights)
+        return cls(manifest.config, experts, weights, persistent=persistent)
 
     def describe(self) -> dict[str, Any]:
         """What runs and where."""
         device = self.weights.device
         if device.type == "cuda":
-            name, (major, minor) = (
-                torch.cuda.get_device_name(device),
-                torch.cuda.get_device_capability(device),
-            )
+            name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
             instructions = f"sm_{major}{minor}" if torch.version.hip is None else "hip"
         else:
             name, instructions = "cpu", "Triton's interpreter"
@@ -78,20 +75,21 @@ class TritonDecoder:
         frame: NDArray[np.int64],
         settings: SamplingSettings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One frame from h, start [K, B, d], in one launch: codes, log-probabilities [B, num_codebooks], next inputs
-        [K, B, d]."""
-        with self.weights.on_device():
+        """One frame from h, start [K, B, d]: codes, log-probabilities [B, num_codebooks], next inputs [K, B, d]."""
+        with self.weights.on_device(), torch.inference_mode():
             h, start = (tensor.to(self.weights.device).contiguous() for tensor in (h, start))
             keys = torch.from_numpy(seeds.view(np.int64)).to(self.weights.device)
             frames = torch.from_numpy(np.ascontiguousarray(frame)).to(self.weights.device)
-            codes, logprobs, inputs, _ = self.weights.residual_frame(h, start, keys, frames, None, settings, True)
-        logprobs = logprobs.cpu()
-        check_drawn(logprobs, frame)
-        return codes.cpu(), logprobs, inputs.cpu()
+            codes, logprobs, inputs, _ = self.weights.residual_frame(
+                h, start, keys, frames, None, settings, self.persistent
+            )
+        check_drawn(logprobs.cpu(), frame)
+        # Copies made out here are ordinary tensors, which autograd may save.
+        return codes.cpu().clone(), logprobs.cpu().clone(), inputs.cpu().clone()
 
 
-def _persistent() -> bool:
-    wanted = os.environ.get("SIREN_TRITON_RESIDUAL", "kernels")
-    if wanted not in ("kernels", "persistent"):
+def _persistent(otherwise: bool) -> bool:
+    wanted = os.environ.get("SIREN_TRITON_RESIDUAL", "")
+    if wanted not in ("", "kernels", "persistent"):
         raise BackendError(f"SIREN_TRITON_RESIDUAL must be 'kernels' or 'persistent', not {wanted!r}")
-    return wanted == "persistent"
+    return wanted == "persistent" if wanted else otherwise

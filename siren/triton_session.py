@@ -3,8 +3,8 @@
 Everything that a frame changes lives on the device: the sums of the latest embeddings, the caches, the frame's number.
 So the same captured launch serves every frame and the device never waits for the host. Codes and log-probabilities
 follow in pinned memory; a frame counts once they have arrived and are sound. Whatever stops the host before that (an
-error, Ctrl-C, a callback that raises) discards the frames launched ahead: the device's state goes back to the last
-frame that counts.
+error, Ctrl-C, a callback that raises) leaves the device ahead of the frames that count: the next call takes it back
+first, so that nothing done on the way out can go wrong.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .sampling import SamplingSettings, check_drawn
 from .triton_weights import TritonWeights
 
 _FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
+_CAPTURE = threading.Lock()  # PyTorch allows one capture at a time in a process
 _AHEAD = 8  # frames that may be launched and not yet collected: a frame takes the host less time than the device
 
 
@@ -58,6 +59,7 @@ class _Flight:
 class TritonState:
     """Sequences being decoded. Calls from several threads take turns."""
 
+    @torch.inference_mode()
     def __init__(
         self,
         weights: TritonWeights,
@@ -72,12 +74,14 @@ class TritonState:
         self.batch, self.frame, self.capacity = len(seeds), 0, 0
         self.rows = self.batch * (2 if settings.guided else 1)
         self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
+        self._ahead = False  # whether frames were launched that may not count
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False  # whether a frame of these sizes ran, which compiles its kernels
         tokens, mask, index = distinct_prompts(prompt, prompt_mask, settings.guided)
         with _memory(f"{self.batch} sequences"), weights.on_device():
             tokens, mask, index = (tensor.to(device) for tensor in (tokens, mask, index))
-            self._prompt_keys, self._prompt_values = weights.prompt_cache(tokens)
+            self._prompt_keys, self._prompt_values = weights.prompt_cache(tokens, mask)
             self._prompt_mask, self._prompt_index = mask.contiguous(), index.to(torch.int32)
             self._start = weights.decoder_starts(tokens, mask)[:, index].contiguous()
             self._seeds = torch.from_numpy(seeds.view(np.int64)).to(device)
@@ -97,10 +101,12 @@ class TritonState:
         """float32 [B, num_codebooks, frame], on the CPU."""
         return self._logprobs[:, :, : self.frame].clone()
 
+    @torch.inference_mode()
     def step(self, frames: int, on_frame: Callable[[int, int], None] | None = None) -> None:
         """Draw `frames` more frames; on_frame(done, frames) is called as each arrives."""
-        with self._lock, self._sound():
+        with self._turn(f"{frames} more frames of {self.batch} sequences"):
             self._reserve(self.frame + frames)
+            self._ahead = True
             flights: deque[_Flight] = deque()
             for launched in range(1, frames + 1):
                 flights.append(_Flight(*self._launch()))
@@ -108,39 +114,41 @@ class TritonState:
                     self._collect(flights.popleft())
                     if on_frame is not None:
                         on_frame(launched - len(flights), frames)
+            self._ahead = False
 
+    @torch.inference_mode()
     def force(self, codes: Tensor) -> Tensor:
         """Advance with these codes int64 [B, num_codebooks, n] -> logits float32 [B, num_codebooks, n, V]."""
-        with self._lock, self._sound():
+        with self._turn(f"{codes.shape[2]} more frames of {self.batch} sequences"):
             self._reserve(self.frame + codes.shape[2])
+            self._ahead = True
             logits = []
             for given in codes.to(self.weights.device).unbind(dim=2):
                 drawn, logprobs, now = self._advance(given.contiguous())
                 self._collect(_Flight(drawn, logprobs))
                 logits.append(now.cpu())
+            self._ahead = False
             return torch.stack(logits, dim=2)
 
+    @torch.inference_mode()
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
         """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
-        with self._lock, self.weights.on_device():
+        with self._turn(f"{len(indices)} sequences"):
+            if max(indices) >= self.batch:  # another thread may have been here since the caller looked
+                raise InputError(f"there is no sequence {max(indices)} of {self.batch}")
             kept = torch.tensor(indices)
             rows = torch.cat((kept, self.batch + kept)) if self.settings.guided else kept
-            device = self.weights.device
-            dims = {"_keys": 2, "_values": 2, "_start": 1, "_prompt_index": 0, "_inputs": 1, "_seeds": 0, "_frames": 0}
-            with _memory(f"{len(indices)} sequences"):
-                index = {name: kept if name in ("_inputs", "_seeds", "_frames") else rows for name in dims}
-                taken = {n: getattr(self, n).index_select(dim, index[n].to(device)) for n, dim in dims.items()}
+            places = {"_keys": (2, rows), "_values": (2, rows), "_start": (1, rows), "_prompt_index": (0, rows)}
+            places |= {"_inputs": (1, kept), "_seeds": (0, kept), "_frames": (0, kept)}
+            taken: dict[str, object] = {
+                name: getattr(self, name).index_select(dim, index.to(self.weights.device))
+                for name, (dim, index) in places.items()
+            }
             if seeds is not None:
-                taken["_seeds"] = torch.from_numpy(seeds.view(np.int64)).to(device)
-            for name, tensor in taken.items():
-                if len(indices) == self.batch:
-                    getattr(self, name).copy_(tensor)  # the captured graph reads these very tensors
-                else:
-                    setattr(self, name, tensor)
-            if len(indices) != self.batch:
-                self._graph, self._warm = None, False
-            self._codes, self._logprobs = self._codes[kept], self._logprobs[kept]
-            self.batch, self.rows = len(kept), len(rows)
+                taken["_seeds"] = torch.from_numpy(seeds.view(np.int64)).to(self.weights.device)
+            taken |= {"_codes": self._codes[kept], "_logprobs": self._logprobs[kept]}
+            taken |= {"_graph": None, "_warm": self._warm and len(kept) == self.batch}
+            self.__dict__.update(taken, batch=len(kept), rows=len(rows))  # at once: an interruption finds all or none
 
     def _advance(self, forced: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Launch one frame: its codes, log-probabilities and logits, on the device."""
@@ -166,16 +174,18 @@ class TritonState:
     def _launch(self) -> tuple[Tensor, Tensor]:
         """One frame: the first as it is, which compiles its kernels, later ones as a captured graph."""
         if self._graph is None and self._warm and self.weights.device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._written = self._advance()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.weights.device)
+            # The outer context puts the stream back even where ending the capture fails.
+            capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            with _CAPTURE, torch.cuda.stream(stream), capture:
+                self._outputs = self._advance()
             self._graph = graph
         if self._graph is None:
-            self._written = self._advance()
+            self._outputs = self._advance()
             self._warm = True
         else:
             self._graph.replay()
-        return self._written[:2]
+        return self._outputs[:2]
 
     def _collect(self, flight: _Flight) -> None:
         flight.land()
@@ -185,20 +195,28 @@ class TritonState:
         self.frame += 1
 
     @contextlib.contextmanager
-    def _sound(self) -> Iterator[None]:
-        """Leave the device at the last frame that counts, whatever happens inside."""
-        with self.weights.on_device(), _memory(f"more frames of {self.batch} sequences"):
+    def _turn(self, what: str) -> Iterator[None]:
+        """This thread's turn, with the device at the last frame that counts."""
+        if self._owner == threading.get_ident():
+            raise InputError("a session cannot be stepped or selected from its own on_frame")
+        with self._lock, self.weights.on_device(), _memory(what):
+            self._owner = threading.get_ident()
             try:
+                if self._ahead:
+                    self._go_back()
                 yield
-            except BaseException:
-                if self.weights.device.type == "cuda":
-                    torch.cuda.synchronize()
-                self._frames.fill_(self.frame)
-                if self.frame:
-                    self._inputs.copy_(self.weights.embed(self._codes[:, :, self.frame - 1]))
-                else:
-                    self._inputs.copy_(self.weights.sos.unsqueeze(1).expand_as(self._inputs))
-                raise
+            finally:
+                self._owner = None
+
+    def _go_back(self) -> None:
+        if self.weights.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self._frames.fill_(self.frame)
+        if self.frame:
+            self._inputs.copy_(self.weights.embed(self._codes[:, :, self.frame - 1]))
+        else:
+            self._inputs.copy_(self.weights.sos.unsqueeze(1).expand_as(self._inputs))
+        self._ahead = False
 
     def _new_cache(self, capacity: int) -> tuple[Tensor, Tensor]:
         weights, config = self.weights, self.weights.config
@@ -212,11 +230,13 @@ class TritonState:
         if frames <= self.capacity:
             return
         used, longest = self.frame, self.weights.config.max_seq_len
+        if frames > longest:  # another thread may have stepped since the caller looked
+            raise InputError(f"{frames} frames exceed max_seq_len, which is {longest}")
         capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
         keys, values = self._new_cache(capacity)
         keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
         shape = (self.batch, self.weights.config.num_codebooks, capacity)
         codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
         codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
-        self._keys, self._values, self._codes, self._logprobs = keys, values, codes, logprobs
-        self.capacity, self._graph, self._warm = capacity, None, False
+        grown = {"_keys": keys, "_values": values, "_codes": codes, "_logprobs": logprobs, "capacity": capacity}
+        self.__dict__.update(grown, _graph=None, _warm=False)

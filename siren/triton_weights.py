@@ -228,27 +228,33 @@ class TritonWeights:
         codes = codes.to(self.device).unsqueeze(-1)
         return self._rvq_embed.rvq_embed(self._decoder.tensors["tables"], codes)[:, :, 0]
 
-    def prompt_cache(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [blocks, K, U, n_heads, P, head_dim] of prompts float32 [U, P, prompt_dim]."""
+    def prompt_cache(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [blocks, K, U, n_heads, P, head_dim] of prompts float32 [U, P, prompt_dim], mask [U, P].
+
+        Prompt by prompt, each as long as it is: libraries of matrix products choose by the size how they add, and a
+        sequence must not depend on the prompts beside it. Padding is zero.
+        """
         config = self.config
-        shape = (config.num_experts, *tokens.shape[:2], 2, config.n_heads, config.head_dim)
-        caches = []
+        lengths = [int(row.nonzero()[-1]) + 1 for row in mask.cpu()]
+        shape = (2, config.spatial_layers, config.num_experts, len(tokens), config.n_heads, tokens.shape[1])
+        caches = torch.zeros((*shape, config.head_dim), dtype=self.cache_dtype, device=self.device)
         for i in range(config.spatial_layers):
             weight, bias = self._backbone.get("key_value", i), self._backbone.tensors["key_value_bias"][i]
-            both = torch.einsum("upc,kdc->kupd", tokens, weight) + bias[:, None, None]
-            caches.append(both.view(shape).permute(3, 0, 1, 4, 2, 5).to(self.cache_dtype))
-        keys, values = torch.stack(caches, dim=1).unbind(0)
-        return keys.contiguous(), values.contiguous()
+            for u, length in enumerate(lengths):
+                both = torch.einsum("pc,kdc->kpd", tokens[u, :length], weight) + bias[:, None]
+                parts = both.view(config.num_experts, length, 2, config.n_heads, config.head_dim)
+                caches[:, i, :, u, :, :length] = parts.permute(2, 0, 3, 1, 4)
+        keys, values = caches.unbind(0)
+        return keys, values
 
     def decoder_starts(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """What the residual decoders' conditions are added to, float32 [K, U, d]: of the prompts' means, or learned."""
         config, start = self.config, self._decoder.tensors["start"].unsqueeze(1)
         if config.decoder_start == "learned" or not config.factorized_layers:
             return start.repeat(1, len(tokens), 1)
-        weight = mask.unsqueeze(-1).to(tokens.dtype)
-        mean = (tokens * weight).sum(1) / weight.sum(1)
         summary = torch.stack([self._decoder.get("prompt_summary", k) for k in range(config.num_experts)])
-        return torch.einsum("uc,kdc->kud", mean, summary) + start
+        means = [row[valid].mean(dim=0) for row, valid in zip(tokens, mask, strict=True)]
+        return torch.stack([torch.einsum("c,kdc->kd", mean, summary) for mean in means], dim=1) + start
 
     def _check_sizes(self) -> None:
         config, most = self.config, self._residual_frame.sample_heads.MOST_CODES
@@ -258,6 +264,7 @@ class TritonWeights:
             return
         numbers = config.num_experts * sum(math.prod(shape) for shape in expected_shapes(config).values())
         needed, (free, _) = numbers * _DTYPES[self.kind].itemsize, torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # PyTorch's to reuse
         if needed > free:
             lighter = "" if self.kind == "int8" else "; weights='int8' need less"
             raise BackendError(

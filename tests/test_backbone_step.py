@@ -36,9 +36,9 @@ def copied(arguments: dict[str, Any], **changed: Any) -> dict[str, Any]:
     return arguments | {name: arguments[name].clone() for name in ("keys", "values")} | changed
 
 
-@pytest.fixture(params=[16, 256], ids=lambda rows: f"tiles of {rows}")
+@pytest.fixture(params=[16, 64], ids=lambda rows: f"tiles of {rows}")
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The matrices in tiles as on a GPU, and in the interpreter's large ones."""
+    """The matrices in tiles as on a GPU, and in larger ones."""
     sizes = module.tile_sizes
     monkeypatch.setattr(module, "tile_sizes", lambda *given: {**sizes(*given), "BLOCK_N": request.param})
     return request.param

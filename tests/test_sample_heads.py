@@ -153,31 +153,36 @@ def _draw_kernel(
     GREEDY: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
+    FORCED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     b = tl.arange(0, ROWS)
     code, logprob = device_draw(
         logits + b * V, b < B, noise + b * V, codes + b, V, temperature, top_k, top_p,
-        GREEDY, TOP_K, TOP_P, False, BLOCK_V,
+        GREEDY, TOP_K, TOP_P, FORCED, BLOCK_V,
     )  # fmt: skip
     tl.store(codes + b, code.to(tl.int64), mask=b < B)
     tl.store(logprobs + b, logprob, mask=b < B)
 
 
 def draw_from(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forced: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The device function alone, on any logits [B, V], with the noise of seeds 0, 1, 2..."""
     B, V = logits.shape
     seeds = torch.arange(B)
     noise = gumbel_noise_reference(seeds, seeds, 1, V).to(logits.device)
-    codes = torch.full((B,), -1, device=logits.device)
+    codes = torch.full((B,), -1, device=logits.device) if forced is None else forced.clone()
     logprobs = torch.full((B,), -1.0, device=logits.device)
     _draw_kernel[(1,)](
         logits, noise, codes, logprobs, B, V, temperature, top_k, module.float64_bits(top_p),
-        GREEDY=temperature == 0, TOP_K=top_k > 0, TOP_P=top_p < 1, ROWS=triton.next_power_of_2(B),
-        BLOCK_V=triton.next_power_of_2(V),
+        GREEDY=temperature == 0, TOP_K=top_k > 0, TOP_P=top_p < 1, FORCED=forced is not None,
+        ROWS=triton.next_power_of_2(B), BLOCK_V=triton.next_power_of_2(V),
     )  # fmt: skip
     return codes, logprobs
 
@@ -221,6 +226,14 @@ def test_bad_logits_are_marked(bad: float, settings: dict[str, Any], device: str
     others = [0, 3, 4]
     assert torch.equal(codes[others], expected[0][others]) and torch.equal(logprobs[others], expected[1][others])
     assert int(codes[3]) in (0, 6)
+
+
+def test_codes_that_are_none_are_marked(device: str) -> None:
+    """A given code out of range reads nothing out of bounds: code 0 and NaN, as on a GPU, where no one looks first."""
+    forced = torch.tensor([-1, 6, 7, 2**32 + 1, 2], device=device)
+    codes, logprobs = draw_from(torch.randn(5, 7, device=device), forced=forced)
+    assert codes.tolist() == [0, 6, 0, 0, 2]
+    assert logprobs.isnan().tolist() == [True, False, True, True, False]
 
 
 def test_extreme_logits(device: str) -> None:

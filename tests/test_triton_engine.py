@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import hypothesis
@@ -111,10 +112,13 @@ def test_random_models(config: siren.SirenConfig, seed: int, weights: str, guida
     ours, plain, exact = (d.start(prompt, mask, seeds, settings).force(codes).double() for d in decoders)
     if guidance == 1:
         exact = forward([expert.double() for expert in experts], codes, prompt.double(), mask)
-    # int8: PyTorch rounds the weights alone and the kernels the activations too, to bfloat16. A handful of numbers may
-    # come out exact by luck: some units in the last place are free.
-    low = torch.float32 if weights == "fp32" else torch.bfloat16
-    floor = 8 * torch.finfo(low).eps * exact.norm()
+    if weights == "int8":  # PyTorch rounds the weights alone, the kernels the activations too
+        low = ReferenceDecoder(config, states(experts), "bf16").start(prompt, mask, seeds, settings).force(codes)
+        plain = plain + (low.double() - exact)
+    # A handful of numbers may come out exact by luck: two units in the last place are free, three times as many where
+    # guidance takes differences.
+    unit = torch.finfo(torch.float32 if weights == "fp32" else torch.bfloat16).eps
+    floor = (2 if guidance == 1 else 6) * unit * exact.norm()
     assert (ours - exact).norm() <= max(2 * (plain - exact).norm(), floor)
 
 
@@ -195,6 +199,63 @@ def test_stopped_between_frames(small: siren.Siren, inputs: tuple[torch.Tensor, 
     assert torch.equal(session.logprobs, expected.logprobs)
 
 
+def test_stopped_with_frames_ahead(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Stopped after its first frame while others are under way, a session may be selected from at once."""
+    prompt, mask = inputs
+    sampler = siren.Sampler(small, "triton", "fp32")
+    expected = sampler.sample(prompt, mask, frames=3)
+    session = sampler.start(prompt, mask)
+
+    def stop(done: int, frames: int) -> None:
+        assert session._state._frames.tolist() == [9] * 3  # eight more were launched
+        raise Stop
+
+    with pytest.raises(Stop):
+        session.step(10, stop)
+    session.select([2, 0])
+    session.step(2)
+    assert torch.equal(session.codes, expected.codes[[2, 0]])
+
+
+def test_callbacks_cannot_use_their_session(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """An error instead of waiting for itself; the session goes on."""
+    prompt, mask = inputs
+    session = siren.Sampler(small, "triton", "fp32").start(prompt, mask)
+    for use in (lambda: session.step(1), lambda: session.select([0])):
+        with pytest.raises(InputError, match="cannot be stepped or selected from its own on_frame"):
+            session.step(1, lambda *_, use=use: use())
+    assert (session.frame, session.batch) == (2, 3)
+    session.step(1)
+
+
+def test_threads_take_turns(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Two threads that step one session, and two sessions of one sampler side by side."""
+    prompt, mask = (tensor[:1] for tensor in inputs)
+    sampler = siren.Sampler(small, "triton", "fp32")
+    expected = sampler.sample(prompt, mask, frames=4)
+    session = sampler.start(prompt, mask)
+    threads = [threading.Thread(target=session.step, args=(2,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert torch.equal(session.codes, expected.codes)
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_inference_mode(outside: bool, small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """A session started in inference mode goes on out of it, and the other way round; what it gives, autograd takes."""
+    prompt, mask = (tensor[:1] for tensor in inputs)
+    sampler = siren.Sampler(small, "triton", "fp32")
+    with torch.inference_mode(outside):
+        session = sampler.start(prompt, mask)
+    with torch.inference_mode(not outside):
+        session.step(1)
+        session.select([0, 0])
+    session.step(1)
+    assert not session.codes.is_inference() and not session.logprobs.is_inference()
+
+
 def test_stopped_before_the_first_frame(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     """An interruption inside the very first frame leaves a session at frame 0 that gives the same codes."""
     prompt, mask = inputs
@@ -221,6 +282,7 @@ def test_logits_that_cannot_be_drawn_from(small: siren.Siren, inputs: tuple[torc
     session = siren.Sampler(small, "triton", "fp32").start(prompt, mask, seed=3)
     session.step(1)
     before = session.codes
+    session._state._start = session._state._start.clone()  # out here an ordinary tensor, which may be written
     session._state._start[1, 2] = torch.nan  # the third sequence, from the second expert on: codebook 2
     for _ in range(2):
         with pytest.raises(SamplingError, match="the logits of sequence 2, frame 1, codebook 2 hold NaN"):
@@ -234,6 +296,7 @@ def test_residual_sampler(small: siren.Siren) -> None:
     generator = torch.Generator().manual_seed(0)
     h, start = (torch.randn(2, 3, 12, generator=generator) for _ in range(2))
     ours, theirs = (siren.ResidualSampler(small, backend, "fp32") for backend in ("triton", "reference"))
+    assert ours.describe()["residual"] == "persistent"
     frames, seeds = [0, 7, 2**31], [1, 2**40, 3]
     for settings in ({}, {"top_k": 4, "top_p": 0.8, "temperature": 0.6}, {"temperature": 0.0}):
         result, expected = (sampler(h, start, seeds, frames, **settings) for sampler in (ours, theirs))
