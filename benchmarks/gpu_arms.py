@@ -1,14 +1,16 @@
 """The decoders that `benchmarks/decode.py --device cuda` compares, on the same random weights, and the check of each.
 
-naive    siren.reference.ReferenceDecoder: every operation launched by Python
+naive    siren.reference.ReferenceDecoder: every operation launched by Python; its frames include the noise, which numpy
+         draws on the CPU for each
 graph    the same with static shapes, a frame as one CUDA graph (static_arm.py)
 compile  the same, through torch.compile(mode="max-autotune-no-cudagraphs") before it is captured
 triton   siren.triton_engine.TritonDecoder
-persistent   the same with its residual decoders in one persistent kernel
+persistent   the same decoder with its residual decoders in one persistent kernel
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -29,19 +31,27 @@ DEFAULT = "naive-bf16,graph-bf16,compile-bf16,triton-bf16,triton-int8,persistent
 
 
 def build(name: str, config: SirenConfig, device: str, frames: int, built: dict[str, Any]) -> Any:
-    """A decoder for one arm, for clips of at most `frames` frames; graph and compile share `built`'s naive weights."""
+    """A decoder for one arm, for clips of at most `frames` frames; graph and compile share the weights of
+    `built`'s naive arm, persistent those of its triton arm."""
     kind, weights = name.split("-")
-    if kind in ("graph", "compile"):
-        naive = f"naive-{weights}"
-        if naive not in built:
-            built[naive] = build(naive, config, device, frames, built)
-        return StaticDecoder(built[naive], frames, compiled=kind == "compile")
+    shared = {"graph": "naive", "compile": "naive", "persistent": "triton"}
+    if kind in shared:
+        other = f"{shared[kind]}-{weights}"
+        if other not in built:
+            built[other] = build(other, config, device, frames, built)
+        if kind != "persistent":
+            return StaticDecoder(built[other], frames, compiled=kind == "compile")
+        decoder = copy.copy(built[other])
+        decoder.persistent = True
+        return decoder
     experts = ((start, dict(tensors)) for start, tensors in arms.random_experts(config, 0))
     if kind == "naive":
         return ReferenceDecoder(config, experts, weights, device)
     from siren.triton_engine import TritonDecoder
 
-    return TritonDecoder(config, experts, weights=weights, device=device, persistent=kind == "persistent")
+    decoder = TritonDecoder(config, experts, weights=weights, device=device)
+    decoder.persistent = False  # whatever SIREN_TRITON_RESIDUAL says: an arm is what its name says
+    return decoder
 
 
 @dataclasses.dataclass

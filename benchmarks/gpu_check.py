@@ -1,21 +1,24 @@
 """Everything that can be said on a machine with a GPU, by one command: `make gpu-check`.
 
     python benchmarks/gpu_check.py [--out FILE] [--budget 520]
+    python benchmarks/gpu_check.py --sanitize STEM           compute-sanitizer on one kernel's gates, small sizes
     python benchmarks/gpu_check.py --device cpu --small      Triton's interpreter: the harness itself, nothing timed
 
 In this order, each within its share of the time that is left: build the package under build/gpu; the tests of the
-Triton kernels; every kernel's gate; the decode benchmark; every kernel's times; compute-sanitizer. Each step runs in
-processes of its own, as a kernel that is wrong can hang or break a process. One JSON file holds all results and is
-written as they come. Nothing is installed and the GPU's settings stay as they are. Exit code 1 if anything is red, 2 if
-torch sees no GPU.
+Triton kernels; every kernel's gate; the decode benchmark; every kernel's times; the decode benchmark's compiled arm,
+which takes minutes to compile. Each step runs in processes of its own, as a kernel that is wrong can hang or break a
+process. One JSON file holds all results and is written as they come. compute-sanitizer is too slow for that run: with
+--sanitize memcheck and then racecheck have all of the time, after the build. Nothing is installed and the GPU's
+settings stay as they are. What was not done in time is red. Exit code 1 if anything is red, 2 if torch sees no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,14 +30,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
-from kernels.case import STEMS
+sys.path.append(str(Path(__file__).parent / "kernels"))
+
+import json_file
+from case import STEMS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 LIBRARY = ROOT / "build" / "gpu" / "lib"
-TESTS = [*STEMS, "triton_engine"]  # tests/test_<name>.py
-DECODE_ARMS = "naive-bf16,graph-bf16,compile-bf16,triton-bf16,triton-int8"
+TESTS = [*STEMS, "gumbel_noise", "checks", "triton_engine"]  # tests/test_<name>.py
+DECODE_ARMS = "naive-bf16,graph-bf16,triton-bf16,triton-int8"
+COMPILE_ARMS = "compile-bf16,graph-bf16,triton-bf16"
 SANITIZED = ("memcheck", "racecheck")
 POLL_SECONDS = 2.0
 
@@ -58,10 +66,7 @@ class Check:
             self.save()
 
     def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.out.with_suffix(".partial")
-        partial.write_text(json.dumps(self.result, indent=1) + "\n")
-        partial.replace(self.out)
+        json_file.write(self.out, self.result)
 
     def red(self, line: str) -> None:
         self.result["red"].append(line)
@@ -70,25 +75,25 @@ class Check:
     def run(
         self, name: str, words: list[object], limit: float, heard: Callable[[], object] = lambda: None
     ) -> tuple[int | None, str]:
-        """Run a program, with this package before any other: its exit code (None: out of time) and what it printed.
+        """Run a program in environment(): its exit code (None: out of time) and what it printed.
 
         heard() is called while it runs, to pick up what it has written.
         """
         log = self.folder / f"{name}.log"
-        path = os.pathsep.join(part for part in (str(LIBRARY), os.environ.get("PYTHONPATH")) if part)
         with log.open("w") as file:
             process = subprocess.Popen(
                 [str(word) for word in words],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,  # in the checkout, `python -m` would find a siren without kernels
-                env={**os.environ, "PYTHONPATH": path},
+                env=environment(),
                 start_new_session=True,  # so that its own processes end with it
             )
             stop = time.monotonic() + limit
             try:
-                while process.poll() is None and time.monotonic() < stop:
-                    time.sleep(min(POLL_SECONDS, max(0.0, stop - time.monotonic())))
+                while process.poll() is None and (left := stop - time.monotonic()) > 0:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=min(POLL_SECONDS, left))
                     heard()
             finally:
                 late = process.poll() is None
@@ -99,8 +104,15 @@ class Check:
         return None if late else process.returncode, log.read_text(errors="replace")
 
 
+def environment() -> dict[str, str]:
+    """This process's, with the package that is built here before any other."""
+    path = os.pathsep.join(part for part in (str(LIBRARY), os.environ.get("PYTHONPATH")) if part)
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def build(check: Check, limit: float) -> None:
-    """The package with its C++ extension, which the benchmarks import too."""
+    """The package with its C++ extension, which the benchmarks import too; an older build would leave its files."""
+    shutil.rmtree(LIBRARY, ignore_errors=True)
     words = [sys.executable, ROOT / "setup.py", "-q", "build", "--build-base", LIBRARY.parent, "--build-lib", LIBRARY]
     code, output = check.run("build", ["env", "-C", ROOT, *words], limit)
     check.result["parts"]["build"] = {"exit": code}
@@ -109,14 +121,19 @@ def build(check: Check, limit: float) -> None:
 
 
 def tests(check: Check, limit: float) -> None:
-    """Every test file in a process of its own, a few at once: compiling takes most of the time."""
+    """Every test file in a process of its own, a few at once: compiling takes most of the time. A file that is not
+    done in time has no counts."""
     stop = time.monotonic() + limit
+    words: list[object] = ["env", "TORCHINDUCTOR_COMPILE_THREADS=2", sys.executable, "-m", "pytest", "-v"]
+    words += ["-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
+    if importlib.util.find_spec("xdist"):
+        words += ["-n", "2", "--dist", "worksteal"]
 
     def one(name: str) -> None:
-        words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
-        path = ROOT / "tests" / f"test_{name}.py"
-        code, output = check.run(f"test-{name}", [*words, path], max(1.0, stop - time.monotonic()))
-        row = {"exit": code, **counts(output), "end": output[-4000:] if code != 0 else ""}
+        path, report = ROOT / "tests" / f"test_{name}.py", check.folder / f"test-{name}.xml"
+        left = max(1.0, stop - time.monotonic())
+        code, output = check.run(f"test-{name}", [*words, f"--junitxml={report}", path], left)
+        row = {"exit": code, **counts(report), "end": output[-4000:] if code != 0 else ""}
         check.put("tests", name, row)
         print(f"test_{name}.py: {row['passed']} passed, {len(row['failed'])} failed, {row['skipped']} skipped")
         if code != 0 or not row["passed"]:
@@ -126,12 +143,13 @@ def tests(check: Check, limit: float) -> None:
         list(pool.map(one, TESTS))
 
 
-def counts(output: str) -> dict[str, Any]:
-    """What `pytest -v` printed, as far as it got."""
-    results = re.findall(r"^\S+::(.+) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
-    failed = [name for name, result in results if result in ("FAILED", "ERROR")]
-    passed, skipped = (sum(result == word for _, result in results) for word in ("PASSED", "SKIPPED"))
-    return {"passed": passed, "failed": failed, "skipped": skipped}
+def counts(report: Path) -> dict[str, Any]:
+    """Of a file that pytest --junitxml writes when it ends; nothing where there is none."""
+    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []  # noqa: S314, our own
+    results = [(case.get("name"), {found.tag for found in case}) for case in cases]
+    failed = [name for name, tags in results if tags & {"failure", "error"}]
+    skipped = sum("skipped" in tags for _, tags in results)
+    return {"passed": len(results) - len(failed) - skipped, "failed": failed, "skipped": skipped}
 
 
 def kernels(check: Check, limit: float, part: str, options: list[str], at_once: int = 1) -> None:
@@ -144,16 +162,20 @@ def kernels(check: Check, limit: float, part: str, options: list[str], at_once: 
         waiting.remove(stem)
         path = check.folder / f"{part}-{stem}.json"
 
+        check.put(part, stem, {"rows": []})
+
         def heard() -> None:
-            check.put(part, stem, _json(path) or {"rows": []})
+            if (found := json_file.read(path)) is not None:
+                check.put(part, stem, found)
 
         words = [sys.executable, BENCHMARKS / "kernel_times.py", "--stem", stem, "--json", path, *options]
         code, output = check.run(f"{part}-{stem}", [*words, "--budget", max(1, 0.7 * share)], max(5.0, share), heard)
         found = check.result["parts"][part][stem]
         print("\n".join(line for line in output.splitlines() if line.startswith("| ")), flush=True)
-        unchecked = found.get("not_run", []) if part == "gates" else []
-        if code != 0 or unchecked or not found["rows"]:
-            check.red(f"{part}, {stem}: {f'no time for {unchecked}' if unchecked else _end(code, output)}")
+        for line in found.get("not_run", []):
+            check.red(f"{part}: no time for {line}")
+        if code != 0 or not found["rows"]:
+            check.red(f"{part}, {stem}: {_end(code, output)}")
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(one, check.stems))
@@ -161,51 +183,47 @@ def kernels(check: Check, limit: float, part: str, options: list[str], at_once: 
 
 def decode(check: Check, limit: float) -> None:
     """The decode benchmark at 1.6B. The persistent arm can hang, so only after its own gate was green."""
-    gates = check.result["parts"].get("gates", {}).get("residual_frame", {}).get("rows", [])
+    gates = check.result["parts"].get("gates", {}).get("residual_frame", {"rows": []})
     names = DECODE_ARMS
-    if gates and all(row["gate"] == "green" for row in gates):
+    if gates["rows"] and not gates.get("not_run") and all(row["gate"] == "green" for row in gates["rows"]):
         names += ",persistent-bf16"
     else:
         check.red("decode: without the persistent arm, as the gate of residual_frame is not green")
-    path = check.folder / "decode.json"
+    decode_of(check, limit, "decode", names, "1,8,16")
+
+
+def decode_of(check: Check, limit: float, part: str, names: str, batches: str) -> None:
+    path = check.folder / f"{part}.json"
+    check.result["parts"][part] = {"rows": []}
 
     def heard() -> None:
-        check.result["parts"]["decode"] = _json(path) or {"rows": []}
-        check.save()
+        if (found := json_file.read(path)) is not None:
+            check.result["parts"][part] = found
+            check.save()
 
-    words = [sys.executable, BENCHMARKS / "decode.py", "--device", "cuda", "--batch", "1,8,16", "--arms", names]
-    code, output = check.run("decode", [*words, "--out", path], limit, heard)
+    words = [sys.executable, BENCHMARKS / "decode.py", "--device", "cuda", "--batch", batches, "--arms", names]
+    code, output = check.run(part, [*words, "--out", path], limit, heard)
     print(output[-6000:], flush=True)
     if code != 0:
-        check.red(f"decode: {_end(code, output)}")
+        check.red(f"{part}: {_end(code, output)}")
 
 
-def sanitizers(check: Check, limit: float) -> None:
-    """The gates at small sizes under compute-sanitizer. Without PyTorch's memory pool, which would hide overruns."""
+def sanitize(check: Check, limit: float, stem: str) -> None:
+    """A kernel's gates at small sizes under compute-sanitizer, without PyTorch's memory pool, which hides overruns."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        print("compute-sanitizer is not on PATH: not run")
-        check.put("sanitizers", "not_run", "compute-sanitizer is not on PATH")
+        check.red("compute-sanitizer is not on PATH")
         return
     stop = time.monotonic() + limit
-    jobs = [(kind, stem) for kind in SANITIZED for stem in check.stems]
-    for done, (kind, stem) in enumerate(jobs):
-        share = max(1.0, (stop - time.monotonic()) / (len(jobs) - done))
+    for kind in SANITIZED:
+        left = max(1.0, stop - time.monotonic())
         words = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", kind, "--error-exitcode", "9"]
         words += [sys.executable, BENCHMARKS / "kernel_times.py", "--small", "--gates", "--stem", stem]
-        code, output = check.run(f"{kind}-{stem}", words, share)
+        code, output = check.run(kind, [*words, "--budget", left], left)  # killed before it would leave a case out
         check.put("sanitizers", f"{kind} {stem}", {"exit": code, "end": output[-4000:] if code != 0 else ""})
         print(f"{kind} {stem}: {'clean' if code == 0 else _end(code, output)}", flush=True)
-        if code:  # a slow tool that ran out of time found nothing wrong
+        if code != 0:
             check.red(f"{kind}, {stem}: {_end(code, output)}")
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    """The file's content, or None while it is not there or half written."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _end(code: int | None, output: str) -> str:
@@ -219,9 +237,8 @@ def about(device: str) -> dict[str, Any]:
     """The machine, as benchmarks/machine.py describes it."""
     if device == "cpu":
         return {"device": "cpu, Triton's interpreter: nothing is timed"}
-    environment = {**os.environ, "PYTHONPATH": str(LIBRARY)}
     words = [sys.executable, str(BENCHMARKS / "machine.py")]
-    made = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    made = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
     return json.loads(made.stdout) if made.returncode == 0 else {"error": _end(made.returncode, made.stderr)}
 
 
@@ -246,24 +263,32 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: Triton's interpreter")
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--stem", nargs="+", default=STEMS, choices=STEMS, help="kernels to check and time; all")
+    parser.add_argument("--sanitize", metavar="STEM", choices=STEMS, help="this kernel under compute-sanitizer, alone")
     parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
-    parser.add_argument("--out", type=Path, help="JSON file to write; benchmarks/results/gpu-<name>.json")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; benchmarks/results/gpu-<name>.json or ...-sanitize-<stem>.json"
+    )
     options = parser.parse_args()
     if options.device == "cpu" and not options.small:
         parser.error("Triton's interpreter is slow: --device cpu needs --small")
+    if options.device == "cpu" and options.sanitize:
+        parser.error("compute-sanitizer is for a GPU: --sanitize excludes --device cpu")
     name = gpu_name() if options.device == "cuda" else "interpreter"
     sizes = ["--device", options.device, *(["--small"] if options.small else [])]
     steps: list[tuple[str, float, Callable[[Check, float], None]]] = [  # with a weight for its share of the time
         ("build", 6, build),
-        ("tests", 6, tests),
-        ("gates", 4, lambda check, limit: kernels(check, limit, "gates", [*sizes, "--gates"], at_once=3)),
+        ("tests", 10, tests),
+        ("gates", 4, lambda check, limit: kernels(check, limit, "gates", [*sizes, "--gates"], at_once=len(STEMS))),
         ("decode", 7, decode),
         ("times", 6, lambda check, limit: kernels(check, limit, "times", sizes)),
-        ("sanitizers", 2, sanitizers),
+        ("decode-compile", 5, lambda check, limit: decode_of(check, limit, "decode-compile", COMPILE_ARMS, "1")),
     ]
+    if options.sanitize:
+        steps = [("build", 1, build), ("sanitize", 4, lambda check, limit: sanitize(check, limit, options.sanitize))]
     if options.device == "cpu":
         steps = [("gates and arms", 1, lambda check, limit: kernels(check, limit, "gates and arms", sizes))]
-    out = options.out or BENCHMARKS / "results" / f"gpu-{name.lower().replace(' ', '-')}.json"
+    words = [*name.lower().split(), *(["sanitize", options.sanitize] if options.sanitize else [])]
+    out = options.out or BENCHMARKS / "results" / f"gpu-{'-'.join(words)}.json"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
     with tempfile.TemporaryDirectory(prefix="siren-gpu-check-") as folder:
         check = Check(out.resolve(), options.budget, Path(folder), options.stem)

@@ -2,7 +2,8 @@
 
 The host's time is not in an operation's figure, up to 2 ms of it: the GPU spins that long before, while the host queues
 the operation, so that many small launches are not charged for the gaps between them. The L2 cache is flushed before
-every call.
+every call, by writing zeros over more than it holds: what the operation reads is not in it, but it is full of lines
+that are yet to be written back, which costs every arm some bandwidth.
 """
 
 from __future__ import annotations

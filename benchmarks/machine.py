@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -124,6 +125,9 @@ def _field(path: str, name: str) -> str:
 
 
 def _commit() -> str:
+    """What SIREN_COMMIT says, for a copy without its history, or git."""
+    if given := os.environ.get("SIREN_COMMIT"):
+        return given
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

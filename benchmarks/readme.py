@@ -15,14 +15,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def decode_results() -> Iterator[dict[str, Any]]:
-    """results/decode-*.json, then the decode part of every results/gpu-*.json that has one."""
+    """results/decode-*.json, then the decode parts of every results/gpu-*.json that has them."""
     folder = ROOT / "benchmarks" / "results"
     for path in sorted(folder.glob("decode-*.json"), key=lambda path: path.stem):
         yield json.loads(path.read_text(encoding="utf-8"))
     for path in sorted(folder.glob("gpu-*.json"), key=lambda path: path.stem):
-        part = json.loads(path.read_text(encoding="utf-8"))["parts"].get("decode", {})
-        if part.get("rows"):
-            yield part
+        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+        for name in ("decode", "decode-compile"):
+            if parts.get(name, {}).get("rows"):
+                yield parts[name]
 
 
 def decode_section() -> str:
@@ -31,7 +32,7 @@ def decode_section() -> str:
     for result in decode_results():
         about = result["about"]
         if "gpu" in about:
-            kind, clock = "Copy", about["clocks_after"]["sm"]
+            kind, clock = "Copy", about.get("clocks_after", {}).get("sm", "unknown")
             machine = f"{about['gpu']}, SM at {clock}, driver {about['driver']}, torch {about['torch']}"
             machine += f", triton {about['triton']}"
         else:

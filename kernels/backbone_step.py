@@ -13,7 +13,7 @@ serves every frame. How a matrix product is done is in linear.py; how many keys 
 once does not depend on the batch, so that no sum does.
 
 Left out: splitting one sequence's attention over several programs, which would pay for few sequences of thousands of
-frames. Compiled and interpreted, not yet run on a GPU.
+frames.
 """
 
 from __future__ import annotations

@@ -9,12 +9,15 @@ mask    [N]     bool or None: False leaves a row out. It may then hold anything,
                 log-probability is 0 and nothing of it reaches a gradient
 logprob [N]     float32; lse [N] float32 is the logarithm of the softmax's denominator
 
-Forward: one program takes BLOCK_N rows, walks over V in tiles and keeps a running maximum and sum. Backward: the
-d_logits of at most CHUNK rows at a time are computed from the logits made again, rounded to x's dtype as PyTorch would,
-and go through two of PyTorch's matrix products. So memory does not grow with N * V, and without atomics two runs agree
-bit for bit. `policy_loss` uses the same kernels: its loss is an epilogue of the forward one. Left out: skipping blocks
-in which every row is masked, and one kernel for d_logits and its products. Compiled for sm_80 to sm_120 and run in
-Triton's interpreter, not yet on a GPU.
+Forward: a program takes one tile of the logits, [BLOCK_N, BLOCK_V], and leaves of each row its largest logit, the sum
+of its exponentials and the target's logit: 3 * N * cdiv(V, BLOCK_V) floats of scratch in place of N * V logits. A
+second, small kernel puts the tiles of a row together, always in the same order. Backward: the d_logits of at most CHUNK
+rows at a time are computed from the logits made again, rounded to x's dtype as PyTorch would, and go through two of
+PyTorch's matrix products. Without atomics two runs agree bit for bit. `policy_loss` uses the same kernels: its loss is
+an epilogue of the second one.
+
+float32 products are exact float32, without tensor cores, and slower than cuBLAS: with float32 operands this saves
+memory, not time. Left out: skipping tiles in which every row is masked, and one kernel for d_logits and its products.
 """
 
 from __future__ import annotations
@@ -27,10 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .interpreter import dot, round_to
+from .linear import all_registers
 
 CHUNK = 8192  # rows whose d_logits exist at a time in the backward pass
 _MIN_TEMPERATURE = 1e-6  # the sampler's: below, logits / temperature could overflow float32
-_LOWEST = tl.constexpr(-3.4028235e38)  # a running maximum's start: minus infinity would make NaN of infinite logits
+_LOWEST = tl.constexpr(-3.4028235e38)  # the least that a maximum is: minus infinity would make NaN of infinite logits
+# Arguments on whose value or alignment no speed depends: a kernel is not compiled again for another number of rows.
+_ROWS = ["N", "targets", "mask", "partials", "norms", "logprobs", "old_logprobs", "advantages", "losses", "slopes"]
 
 
 def linear_logprob_reference(
@@ -45,6 +51,24 @@ def linear_logprob_reference(
     if mask is not None:
         logprob = logprob.masked_fill(~mask, 0)
     return logprob, torch.logsumexp(logits, dim=-1).detach()
+
+
+@triton.jit
+def _rows(block, mask, N, BLOCK_N: tl.constexpr):
+    """The rows of a block, which of them exist, and which of these count."""
+    n = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = n < N
+    live = in_n
+    if mask is not None:
+        live &= tl.load(mask + n, mask=in_n, other=False)
+    return n, in_n, live
+
+
+@triton.jit
+def _target(targets, n, live, V: tl.constexpr):
+    """int32 targets, -1 for one out of range."""
+    target = tl.load(targets + n, mask=live, other=0)
+    return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
 @triton.jit
@@ -78,12 +102,50 @@ def _logits(
     return tl.where(in_v[None, :], acc / temperature, float("-inf"))
 
 
-@triton.jit
-def _forward_kernel(
+@triton.jit(do_not_specialize=_ROWS)
+def _tile_kernel(
     x,
     weight,
     targets,
     mask,  # or None
+    partials,  # [3, cdiv(V, BLOCK_V), N]
+    N,
+    x_stride_n,
+    x_stride_d,
+    weight_stride_v,
+    weight_stride_d,
+    temperature,
+    V: tl.constexpr,
+    d: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of a row in a tile: the largest logit, the sum of exp(logit - largest), the target's logit or minus infinity."""
+    TILES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    tile = tl.program_id(0) % TILES  # programs that follow one another share rows of x
+    n, in_n, live = _rows(tl.program_id(0) // TILES, mask, N, BLOCK_N)
+    v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits = _logits(
+        x, weight, n, live, v, x_stride_n, x_stride_d, weight_stride_v, weight_stride_d, temperature,
+        V, d, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    is_target = v[None, :] == _target(targets, n, live, V)[:, None]
+    chosen = tl.max(tl.where(is_target, logits, float("-inf")), axis=1)
+    largest = tl.maximum(tl.max(logits, axis=1), _LOWEST)
+    total = tl.sum(tl.exp(logits - largest[:, None]), axis=1)
+    partial = partials + tile.to(tl.int64) * N + n
+    plane = TILES * N.to(tl.int64)
+    tl.store(partial, largest, mask=in_n)
+    tl.store(partial + plane, total, mask=in_n)
+    tl.store(partial + 2 * plane, chosen, mask=in_n)
+
+
+@triton.jit(do_not_specialize=_ROWS)
+def _combine_kernel(
+    targets,
+    mask,  # or None
+    partials,  # [3, TILES, N]
     logprobs,
     norms,  # [2, N]
     old_logprobs,  # these four are policy_loss's, or None
@@ -91,44 +153,29 @@ def _forward_kernel(
     losses,
     slopes,
     N,
-    x_stride_n,
-    x_stride_d,
-    weight_stride_v,
-    weight_stride_d,
-    temperature,
     low,  # the ratio's bounds
     high,
     V: tl.constexpr,
-    d: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = n < N
-    live = in_n
-    if mask is not None:
-        live &= tl.load(mask + n, mask=in_n, other=False)
-    target = tl.load(targets + n, mask=live, other=0)
-    inside = (target >= 0) & (target < V)
-    target = tl.where(inside, target, -1).to(tl.int32)
-
+    n, in_n, live = _rows(tl.program_id(0), mask, N, BLOCK_N)
     largest = tl.full((BLOCK_N,), _LOWEST, dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)  # sum of exp(logit - largest)
-    chosen = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, V, BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        logits = _logits(
-            x, weight, n, live, v, x_stride_n, x_stride_d, weight_stride_v, weight_stride_d, temperature,
-            V, d, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        chosen += tl.sum(tl.where(v[None, :] == target[:, None], logits, 0.0), axis=1)
-        raised = tl.maximum(largest, tl.max(logits, axis=1))
-        total = total * tl.exp(largest - raised) + tl.sum(tl.exp(logits - raised[:, None]), axis=1)
+    chosen = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    partial = partials + n
+    plane = TILES * N.to(tl.int64)
+    for _ in range(TILES):
+        tile_largest = tl.load(partial, mask=in_n, other=0.0)
+        tile_total = tl.load(partial + plane, mask=in_n, other=1.0)
+        chosen = tl.maximum(chosen, tl.load(partial + 2 * plane, mask=in_n, other=0.0))
+        raised = tl.maximum(largest, tile_largest)
+        total = total * tl.exp(largest - raised) + tile_total * tl.exp(tile_largest - raised)
         largest = raised
+        partial += N
 
     # Kept apart in `norms`: at large logits their sum, the log-sum-exp, loses digits that the gradient needs.
-    spread = tl.where(inside, tl.log(total), float("nan"))
+    spread = tl.where(_target(targets, n, live, V) >= 0, tl.log(total), float("nan"))
     logprob = tl.where(live, (chosen - largest) - spread, 0.0)
     tl.store(logprobs + n, logprob, mask=in_n)
     tl.store(norms + n, largest, mask=in_n)
@@ -145,7 +192,7 @@ def _forward_kernel(
         tl.store(slopes + n, tl.where(free > bound, 0.0, -share * free), mask=in_n)  # 0 too where free is infinite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_ROWS, "largest", "spread", "d_logprobs"])
 def _d_logits_kernel(
     x,
     weight,
@@ -168,17 +215,13 @@ def _d_logits_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """d_logits = d_logprob * (one-hot of the target - softmax) / temperature, d_logprob taken for 0 in masked rows."""
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n, in_n, live = _rows(tl.program_id(1), mask, N, BLOCK_N)
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_n = n < N
-    live = in_n
-    if mask is not None:
-        live &= tl.load(mask + n, mask=in_n, other=False)
     logits = _logits(
         x, weight, n, live, v, x_stride_n, x_stride_d, weight_stride_v, weight_stride_d, temperature,
         V, d, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    target = tl.load(targets + n, mask=live, other=0).to(tl.int32)  # one past 2^32 has a NaN in spread
+    target = _target(targets, n, live, V)  # one out of range has a NaN in spread
     shift, scale = tl.load(largest + n, mask=live, other=0.0), tl.load(spread + n, mask=live, other=0.0)
     p = tl.exp((logits - shift[:, None]) - scale[:, None])
     one_hot = tl.where(v[None, :] == target[:, None], 1.0, 0.0)
@@ -188,14 +231,17 @@ def _d_logits_kernel(
 
 
 def _settings(V: int, d: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and warps. float32 products take no tensor cores, so its tiles are what registers hold."""
-    rows, columns, depth = (64, 64, 16) if dtype == torch.float32 else (64, 128, 64)
+    """Tile sizes and warps. float32 products take no tensor cores, so its tiles are what registers hold; the others'
+    take at most 96 KiB of shared memory, which every GPU from sm_80 on has."""
+    exact = dtype == torch.float32
+    rows, columns, depth, warps = (64, 64, 16, 4) if exact else (128, 128, 64, 8)
     return {
         "BLOCK_N": rows,
         "BLOCK_V": max(16, min(columns, triton.next_power_of_2(V))),
         "BLOCK_D": max(16, min(depth, triton.next_power_of_2(d))),
-        "num_warps": 4,
+        "num_warps": warps,
         "num_stages": 3,
+        **(all_registers() if exact else {}),
     }
 
 
@@ -222,10 +268,17 @@ def forward(
         losses, slopes = torch.empty_like(logprobs), torch.empty_like(logprobs)
     if N:
         settings = _settings(V, d, x.dtype)
-        _forward_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
-            x, weight, targets.contiguous(), None if mask is None else mask.contiguous(), logprobs, norms,
-            old_logprobs, advantages, losses, slopes,
-            N, *x.stride(), *weight.stride(), temperature or 1.0, low, high, V=V, d=d, **settings,
+        BLOCK_N = settings["BLOCK_N"]
+        blocks, tiles = triton.cdiv(N, BLOCK_N), triton.cdiv(V, settings["BLOCK_V"])
+        targets, mask = targets.contiguous(), None if mask is None else mask.contiguous()
+        partials = x.new_empty((3, tiles, N), dtype=torch.float32)
+        _tile_kernel[(blocks * tiles,)](
+            x, weight, targets, mask, partials, N, *x.stride(), *weight.stride(), temperature or 1.0,
+            V=V, d=d, **settings,
+        )  # fmt: skip
+        _combine_kernel[(blocks,)](
+            targets, mask, partials, logprobs, norms, old_logprobs, advantages, losses, slopes, N, low, high,
+            V=V, TILES=tiles, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     return logprobs, norms, losses, slopes
 
@@ -263,14 +316,16 @@ def backward(
 
 
 @torch.library.custom_op("siren::linear_logprob", mutates_args=())
-def _op(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def forward_op(
+    x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
     check_rows(x, weight, targets, mask, "targets")
     check_values(weight, targets, mask, temperature, "targets")
     logprobs, norms, _, _ = forward(x, weight, targets, mask, temperature)
     return logprobs, norms
 
 
-@_op.register_fake
+@forward_op.register_fake
 def _fake(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     check_rows(x, weight, targets, mask, "targets")
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.float32)
@@ -315,7 +370,7 @@ def _autograd(ctx, d_logprobs: Tensor, _d_norms: Tensor | None):
     return d_x, d_weight, None, None, None
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
+forward_op.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_logprob(
@@ -325,11 +380,12 @@ def linear_logprob(
 
     x [N, d], weight [V, d], mask [N] bool. What the sampler reports: temperature 0 means the logits themselves. The
     log-probability is differentiable once, in x and weight; the log-sum-exp carries no gradient and means nothing in
-    masked rows. A target out of range is a ValueError on CPU tensors; on a GPU, where looking at the targets would make
+    masked rows. float32 products take no tensor cores: slower than cuBLAS. Scratch is 3 * N * cdiv(V, BLOCK_V) floats,
+    not N * V. A target out of range is a ValueError on CPU tensors; on a GPU, where looking at the targets would make
     the host wait, the row's values and all gradients that it reaches are NaN. An unmasked NaN in x spreads even where
     the incoming gradient is 0. Wrong arguments raise ValueError or TypeError naming the argument and what it should be.
     """
-    logprobs, norms = _op(x, weight, targets, mask, temperature)
+    logprobs, norms = forward_op(x, weight, targets, mask, temperature)
     return logprobs, norms.sum(0)
 
 

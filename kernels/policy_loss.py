@@ -7,10 +7,10 @@ x, weight, codes (targets there), mask and temperature are those of `linear_logp
 the sampler reported when it drew the codes, advantages [N] float32 is A. loss and logprob [N] are float32.
 
 A row is one code: the ratio, its clip and the minimum are its own. Kernels, memory and the backward pass are those of
-`linear_logprob`; the loss and its slope d loss / d logprob are the epilogue of the forward kernel, so the backward pass
-only multiplies. Where the objective has a kink the slope is what autograd of torch.clamp and torch.min gives: the full
-one for a ratio at a bound, half of it where two different ratios give the same product after rounding. Where the
-clipped side is smaller it is 0, even for an infinite ratio (autograd: NaN).
+`linear_logprob`; the loss and its slope d loss / d logprob are the epilogue of the forward pass' second kernel, so the
+backward pass only multiplies. Where the objective has a kink the slope is what autograd of torch.clamp and torch.min
+gives: the full one for a ratio at a bound, half of it where two different ratios give the same product after rounding.
+Where the clipped side is smaller it is 0, even for an infinite ratio (autograd: NaN).
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ Adding positions, both residual additions and the norms together are two passes 
 
 Left out: dropout (a config with dropout above 0 trains through siren.layers), biases (the model has none here),
 recomputation of activations, mixed types as under autocast, fusing the matrix products with what stands between them,
-and skipping the last block's feed-forward for position 0, which nobody reads. Every operation was compiled and
-interpreted, not run on a GPU.
+and skipping the last block's feed-forward for position 0, which nobody reads.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@
 K experts of m codebooks, J = K m, L blocks, V codes a codebook, B sequences, R rows: B, or 2 B with guidance. Weights
 are stacked in the order of `WEIGHTS`. There are two ways to run it, of the same device functions (residual_tiles.py,
 draw.py): as 4 L + 1 small kernels for each code, or as one persistent kernel (residual_persistent.py).
-
-Compiled and interpreted, not yet run on a GPU.
 """
 
 from __future__ import annotations

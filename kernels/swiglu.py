@@ -6,8 +6,7 @@ gate_value  [..., 2h]  float32 or bfloat16, contiguous; the first h columns are 
 out         [..., h]
 
 Computed in float32 and rounded once. The backward pass recomputes the sigmoid from gate_value and packs its gradient
-in the same way. Left out: the two matrix products around it (cuBLAS) and mixed types as under autocast. The kernels
-were compiled and interpreted, not run on a GPU.
+in the same way. Left out: the two matrix products around it (cuBLAS) and mixed types as under autocast.
 """
 
 from __future__ import annotations

@@ -165,6 +165,63 @@ def test_decode_rows(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     section = readme.decode_section()
     assert section.startswith("tiny, a GPU, SM at 1980 MHz, driver 1, torch 2, triton 3, 2026-01-01, commit c. Copy ")
     assert section.count("\n| graph-bf16 |") == 2
+    del result["about"]["clocks_after"]
+    saved.write_text(json.dumps({"parts": {"decode-compile": result}}))
+    assert "SM at unknown" in readme.decode_section()
+
+
+def test_no_cache_grows_while_frames_are_timed(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache whose first room is for one frame has room for all of them before the first is timed."""
+    pytest.importorskip("triton")
+    gpu_decode, session = load("gpu_decode"), load("siren.triton_session")
+    monkeypatch.setattr(gpu_decode, "CopyProbe", Probe)
+    monkeypatch.setattr(gpu_decode, "elapsed", clocked)
+    monkeypatch.setattr(session, "_FIRST_CAPACITY", 1)
+    step, seen = session.TritonState.step, []
+
+    def watched(self: Any, *given: Any) -> None:
+        seen.append(self.capacity)
+        step(self, *given)
+        seen.append(self.capacity)
+
+    monkeypatch.setattr(session.TritonState, "step", watched)
+    config, built = siren.SirenConfig.preset("tiny"), {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = ["persistent-fp32", "triton-fp32"]
+    for name in names:
+        built.setdefault(name, load("gpu_arms").build(name, config, device, 6, built))
+    one, other = vars(built["persistent-fp32"]), vars(built["triton-fp32"])
+    assert [name for name in other if one[name] is not other[name]] == ["persistent"] and one["persistent"]
+    gpu_decode.measure(config, built, names[1:], 1, 1, 1, 3)
+    assert seen == [2] * 4
+
+
+def test_eager_arms_give_what_the_contract_says(load: Any) -> None:
+    """Where they are not the reference itself: the same bits."""
+    pytest.importorskip("triton")
+    policy, rvq = load("siren.kernels.policy_loss"), load("siren.kernels.rvq_embed")
+    backbone, residual = load("siren.kernels.backbone_step"), load("siren.kernels.residual_frame")
+    benchmark = load("kernel_times").load
+    x, weight, codes = torch.randn(9, 6).bfloat16(), torch.randn(5, 6).bfloat16(), torch.arange(9) % 5
+    given = (x, weight, codes, -torch.rand(9), torch.randn(9))
+    torch.testing.assert_close(
+        benchmark("policy_loss").plain(*given), policy.policy_loss_reference(*given), rtol=0, atol=0
+    )
+    given = (torch.randn(2, 3, 5, 7).bfloat16(), torch.randint(5, (2, 3, 4)))
+    assert torch.equal(benchmark("rvq_embed").plain(*given), rvq.rvq_embed_reference(*given))
+    inputs = load("decode_inputs")
+    for module, made, name in (
+        (backbone, inputs.backbone_arguments, "inputs"),
+        (residual, inputs.residual_arguments, "h"),
+    ):
+        stem = module.__name__.rpartition(".")[2]
+        given = made("cpu", "int8", **benchmark(stem).SMALL)
+        given[name] = given[name].bfloat16()
+        reference = getattr(module, f"{stem}_reference")
+        plain = inputs.in_bf16(given, list(module.WEIGHTS), module.MATRICES)
+        if "frame" in plain:
+            plain["frame"] = int(plain["frame"])
+        torch.testing.assert_close(reference(**plain), reference(**given), rtol=0, atol=0)
 
 
 def fake_kernels(load: Any, gates: dict[str, Any]) -> ModuleType:
@@ -208,6 +265,17 @@ def test_nothing_runs_on_a_red_gate(load: Any, monkeypatch: pytest.MonkeyPatch, 
     }
     options.budget = -1.0
     assert times.measure(options) == {"rows": [], "not_run": ["fake: good and what follows"]}
+
+
+def test_a_row_is_written_before_its_arms_run(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that a run which is ended while it compiles or times keeps what its gate found."""
+    times, path = load("kernel_times"), tmp_path / "rows.json"
+    monkeypatch.setattr(times, "load", lambda stem: fake_kernels(load, {"good": lambda: None}))
+    written = []
+    monkeypatch.setattr(times, "run_once", lambda case: written.append(json.loads(path.read_text())) or {})
+    times.measure(argparse.Namespace(device="cpu", small=True, gates=False, stem=["fake"], budget=9.0, json=path))
+    assert [row["gate"] for row in written[0]["rows"]] == ["green"]
+    assert "arm_errors" in json.loads(path.read_text())["rows"][0]
 
 
 def test_figures_of_a_case(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +322,13 @@ def test_test_results_are_counted(load: Any, check: Any, monkeypatch: pytest.Mon
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
     source = "import pytest\n\n@pytest.mark.parametrize('n', [1, 2, 3])\ndef test_n(n):\n    assert n < 3\n"
     (tmp_path / "tests" / "test_mixed.py").write_text(source + "\n\ndef test_none():\n    pytest.skip()\n")
-    (tmp_path / "tests" / "test_good.py").write_text("def test_one():\n    pass\n")
+    threads = "import os\n\ndef test_one():\n    assert os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '2'\n"
+    (tmp_path / "tests" / "test_good.py").write_text(threads)
+    slow = "import time\n\ndef test_one():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
+    (tmp_path / "tests" / "test_slow.py").write_text(slow)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "TESTS", ["mixed", "good", "missing"])
-    gpu_check.tests(check, 60)
+    monkeypatch.setattr(gpu_check, "TESTS", ["mixed", "good", "missing", "slow"])
+    gpu_check.tests(check, 20)
     part = check.result["parts"]["tests"]
     assert {key: part["mixed"][key] for key in ("passed", "failed", "skipped")} == {
         "passed": 2,
@@ -265,7 +336,54 @@ def test_test_results_are_counted(load: Any, check: Any, monkeypatch: pytest.Mon
         "skipped": 1,
     }
     assert (part["good"]["passed"], part["good"]["exit"], part["good"]["end"]) == (1, 0, "")
-    assert sorted(line.split(":")[0] for line in check.result["red"]) == ["test_missing.py", "test_mixed.py"]
+    assert sorted(line.split(":")[0] for line in check.result["red"]) == [
+        "test_missing.py",
+        "test_mixed.py",
+        "test_slow.py",
+    ]
+    assert (part["slow"]["exit"], part["slow"]["passed"]) == (None, 0)
+
+
+STANDS_FOR_A_BENCHMARK = """
+import json, pathlib, sys, time
+path = pathlib.Path(sys.argv[sys.argv.index("--json" if "--json" in sys.argv else "--out") + 1])
+row = {"stem": "s", "label": "l", "gate": "green"}
+path.write_text(json.dumps({"rows": [row], "not_run": ["s: k and what follows"]}))
+time.sleep(3)
+path.write_text("{")  # stopped in the middle of writing
+"""
+
+
+def test_what_was_not_timed_is_red_and_what_was_read_stays(
+    load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu_check = load("gpu_check")
+    for name in ("kernel_times.py", "decode.py"):
+        (tmp_path / name).write_text(STANDS_FOR_A_BENCHMARK)
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", tmp_path)
+    check.stems = ["s"]
+    gpu_check.kernels(check, 20, "times", [])
+    assert check.result["red"] == ["times: no time for s: k and what follows"]
+    gpu_check.decode_of(check, 20, "decode", "naive-bf16", "1")
+    parts = check.result["parts"]
+    assert len(parts["times"]["s"]["rows"]) == len(parts["decode"]["rows"]) == 1
+
+
+def test_sanitizers_that_do_not_finish_are_red(
+    load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """memcheck that is done in time, then racecheck that is not."""
+    gpu_check = load("gpu_check")
+    tool = tmp_path / "tool"
+    tool.write_text('#!/bin/sh\n[ "$2" = memcheck ] || sleep 30\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tool))
+    gpu_check.sanitize(check, 3, "rvq_embed")
+    assert [row["exit"] for row in check.result["parts"]["sanitizers"].values()] == [0, None]
+    assert check.result["red"] == ["racecheck, rvq_embed: not done in time: no output"]
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    gpu_check.sanitize(check, 3, "rvq_embed")
+    assert check.result["red"][1:] == ["compute-sanitizer is not on PATH"]
 
 
 def test_check_in_the_interpreter(tmp_path: Path) -> None:

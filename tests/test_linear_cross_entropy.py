@@ -196,12 +196,13 @@ def test_infinite_logits(device: str, small_tiles: None) -> None:
 
 def test_log_sum_exp(device: str) -> None:
     for temperature in (0.0, 0.7, 1.0):
-        x, weight, targets, _ = inputs(65, 33, 33, torch.float32, device)
+        x, weight, targets, gradient = inputs(65, 33, 33, torch.float32, device)
         _, exact = linear_logprob_reference(x.double(), weight.double(), targets, None, temperature)
         _, theirs = linear_logprob_reference(x, weight, targets, None, temperature)
         _, lse = linear_logprob(x.requires_grad_(), weight, targets, None, temperature)
         assert lse.dtype == torch.float32 and not lse.requires_grad
-        assert (lse - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+        least = floors(x.detach(), weight / (temperature or 1.0), gradient)[0]
+        assert (lse - exact).abs().max() <= max(2 * (theirs - exact).abs().max().item(), least)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -306,16 +307,16 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_memory(device: str, small_tiles: None) -> None:
-    """Forward nothing is larger than an argument or a result; backward the d_logits are those of one chunk."""
-    N, V, d = 200, 50, 3
+    """Forward nothing is larger than three floats a row and tile; backward the d_logits are those of one chunk."""
+    N, V, d, tiles = 200, 50, 3, 4
     x, weight, targets, gradient = inputs(N, V, d, torch.float32, device)
     mask = targets > 3
     with LargestTensor() as largest:
         _, norms, _, _ = module.forward(x, weight, targets, mask, 1.0)
-    assert 0 < largest.nbytes <= max(tensor.nbytes for tensor in (x, weight, targets, norms)) < N * V
+    assert largest.nbytes == 3 * tiles * N * 4 < N * V * 4
     with LargestTensor() as largest:
         module.backward(x, weight, targets, mask, norms, gradient, 1.0)
-    assert largest.nbytes == module.CHUNK * V * 4 < N * V
+    assert largest.nbytes == module.CHUNK * V * 4 < N * V * 4
     with LargestTensor() as largest:
         linear_logprob_reference(x, weight, targets)
     assert largest.nbytes == N * V * 4  # the measure sees what PyTorch does

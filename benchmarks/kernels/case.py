@@ -7,10 +7,12 @@ which compile_report.py compiles.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 STEMS = (
     "rvq_embed",
@@ -30,10 +32,24 @@ class Case:
 
     stem: str
     label: str  # such as "forward 6x12x1024x1024 bf16, B*T=7200"
-    arms: dict[str, Callable[[], object]]  # "eager", "compile", "triton": each runs the operation once
+    # "eager", "compile", "triton": each runs the operation once. Of DECODE_STEMS there is no "compile", and on a GPU
+    # "eager" is PyTorch's operations replayed as one CUDA graph, as ours are.
+    arms: dict[str, Callable[[], object]]
     gate: Callable[[], None]  # raises AssertionError when the triton arm breaks the error rule
     bytes: int  # fewest bytes that must move: each input read once, each output written once
     flops: int  # fewest floating-point operations
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile with every size a constant; nothing is compiled before the first call."""
+
+    @functools.cache
+    def made() -> Callable[..., Any]:
+        import torch  # here, as gpu_check.py imports this module where there may be no PyTorch
+
+        return torch.compile(function, dynamic=False)
+
+    return lambda *args, **kwargs: made()(*args, **kwargs)
 
 
 def load(stem: str) -> ModuleType:

@@ -5,7 +5,8 @@
 Each kernel's `launches()` run on meta tensors under a driver that only names an architecture, and a launch compiles
 and stops there. So a kernel is specialised as it would be at run time: types, divisibility by 16, constants, warps and
 stages. Registers, stack and spills are what ptxas prints in that very compilation. Exit code 1 if something does not
-compile, if a kernel of the decode path spills, or if one asks for more shared memory than a block can have.
+compile, if a kernel of the decode path spills or has instructions that add in another order than at other batch sizes,
+or if one asks for more shared memory than a block can have.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def describe(kernel: Any, log: str, seconds: float) -> dict[str, Any]:
         "num_stages": kernel.metadata.num_stages,
         "shared": kernel.metadata.shared + numbers.pop("static_shared"),
         **numbers,
+        "wgmma": "wgmma" in kernel.asm["ptx"],
         "seconds": round(seconds, 2),
     }
 
@@ -144,6 +146,8 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
             continue
         if row["stem"] in DECODE_STEMS and row["spill_stores"] + row["spill_loads"]:
             lines.append(f"{where}: {row['kernel']} spills {row['spill_stores']} bytes")
+        if row["stem"] in DECODE_STEMS and row["wgmma"]:
+            lines.append(f"{where}: {row['kernel']} uses wgmma, whose sums are not those of other batch sizes")
         limit = SHARED_LIMIT.get(row["arch"], min(SHARED_LIMIT.values()))
         if row["shared"] > limit:
             lines.append(f"{where}: {row['kernel']} takes {row['shared']} bytes of shared memory of {limit}")

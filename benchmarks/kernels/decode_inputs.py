@@ -132,6 +132,16 @@ def weight_bytes(arguments: Mapping[str, Any]) -> int:
     return sum(tensor.nbytes for tensor in [*arguments["weights"], *arguments["scales"]])
 
 
+def in_bf16(arguments: Mapping[str, Any], names: Sequence[str], matrices: Sequence[str]) -> dict[str, Any]:
+    """The arguments with all weights in bfloat16 and no scales, so that PyTorch has nothing to convert."""
+    scale_of = dict(zip(matrices, arguments["scales"], strict=True)) if arguments["scales"] else {}
+    weights = []
+    for name, weight in zip(names, arguments["weights"], strict=True):
+        value = weight.bfloat16() * scale_of[name].unsqueeze(-1) if name in scale_of else weight
+        weights.append(value.bfloat16())
+    return {**arguments, "weights": weights, "scales": []}
+
+
 def as_replayed(device: str, function: Callable[[], object]) -> Callable[[], object]:
     """On a GPU the function as a captured CUDA graph, which is how a frame runs; elsewhere the function itself."""
     if device != "cuda":

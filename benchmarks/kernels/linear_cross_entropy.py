@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from case import Case
+from case import Case, compiled
 from siren.kernels import linear_logprob
 from siren.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from torch import Tensor
@@ -23,6 +23,7 @@ def cases(device: str, small: bool) -> Iterator[Case]:
         label = f"N={N}, d={d}, V={V}, {str(dtype).removeprefix('torch.')}"
         operands = (N + V) * d * dtype.itemsize
         forward_bytes, forward_flops = operands + N * (8 + 4), 2 * N * d * V
+        check = functools.cache(functools.partial(gate, arguments, d_loss))  # both cases have this one
         for name, run, moved, flops in (
             ("forward", forward, forward_bytes, forward_flops),
             # d_loss is read and two gradients are written; two more products.
@@ -33,22 +34,13 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                 label=f"{name} {label}",
                 arms={
                     "eager": functools.partial(run, linear_cross_entropy_reference, arguments, d_loss),
-                    "compile": functools.partial(run_compiled, run, arguments, d_loss),
+                    "compile": functools.partial(run, compiled(linear_cross_entropy_reference), arguments, d_loss),
                     "triton": functools.partial(run, linear_cross_entropy, arguments, d_loss),
                 },
-                gate=functools.partial(gate, run, arguments, d_loss),
+                gate=check,
                 bytes=moved,
                 flops=flops,
             )
-
-
-@functools.cache
-def compiled() -> Callable[..., Tensor]:
-    return torch.compile(linear_cross_entropy_reference)
-
-
-def run_compiled(run: Callable[..., object], *arguments: object) -> object:
-    return run(compiled(), *arguments)
 
 
 def forward(
@@ -68,12 +60,12 @@ def forward_backward(
     return {"loss": loss.detach(), "d_x": d_x, "d_weight": d_weight}
 
 
-def gate(run: Callable[..., dict[str, Tensor]], arguments: tuple[Tensor, ...], d_loss: Tensor) -> None:
+def gate(arguments: tuple[Tensor, ...], d_loss: Tensor) -> None:
     """Losses and gradients: the error against float64 is at most twice PyTorch's."""
     x, weight, targets = arguments
-    exact = run(linear_cross_entropy_reference, (x.double(), weight.double(), targets), d_loss)
-    ours = run(linear_cross_entropy, arguments, d_loss)
-    theirs = run(linear_cross_entropy_reference, arguments, d_loss)
+    exact = forward_backward(linear_cross_entropy_reference, (x.double(), weight.double(), targets), d_loss)
+    ours = forward_backward(linear_cross_entropy, arguments, d_loss)
+    theirs = forward_backward(linear_cross_entropy_reference, arguments, d_loss)
     for name, values in exact.items():
         error, allowed = ((result[name].double() - values).abs().max().item() for result in (ours, theirs))
         assert error <= 2 * allowed, f"{name}: error {error:.3g}, PyTorch's {allowed:.3g}"

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from case import Case
-from decode_inputs import as_replayed, relative_error, residual_arguments, weight_bytes
+from decode_inputs import as_replayed, in_bf16, relative_error, residual_arguments, weight_bytes
 from siren.kernels import residual_frame as module
 from siren.kernels import residual_persistent
 from siren.kernels.gumbel_noise import gumbel_noise_reference
 from siren.kernels.residual_frame import residual_frame, residual_frame_reference
-from torch import Tensor
 
 SMALL = {"experts": 2, "blocks": 1, "heads": 2, "kv_heads": 1, "head_dim": 5, "hidden": 9, "entries": 11}
 
@@ -22,7 +21,7 @@ def cases(device: str, small: bool) -> Iterator[Case]:
     for batch in (1, 3) if small else (1, 8, 16, 64):
         for weights in ("bf16", "int8"):
             arguments = residual_arguments(device, weights, batch=batch, **(SMALL if small else {}))
-            plain = {**arguments, "h": arguments["h"].bfloat16()}
+            plain = in_bf16(arguments, list(module.WEIGHTS), module.MATRICES) | {"h": arguments["h"].bfloat16()}
             tables = arguments["weights"][list(module.WEIGHTS).index("tables")]
             codes = tables.shape[1]
             drawn = batch * codes * tables[:, 0, 0].nbytes
@@ -30,23 +29,17 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                 stem="residual_frame",
                 label=f"{weights}, batch {batch}",
                 arms={
-                    "eager": functools.partial(residual_frame_reference, **plain),
-                    "compile": lambda plain=plain: compiled()(**plain),
+                    "eager": as_replayed(device, functools.partial(residual_frame_reference, **plain)),
                     "triton": as_replayed(device, functools.partial(residual_frame, **arguments, persistent=False)),
                     "triton-persistent": as_replayed(
                         device, functools.partial(residual_frame, **arguments, persistent=True)
                     ),
                 },
                 gate=functools.partial(gate, arguments),
-                # Each decoder's weights once: a cache that keeps them from one code to the next is what we hope for.
+                # Each decoder's weights are counted once, though its codes read them one after another.
                 bytes=weight_bytes(arguments) - tables.nbytes + drawn + 3 * arguments["h"].nbytes,
                 flops=2 * batch * codes // len(tables) * sum(arguments["weights"][i].numel() for i in (1, 2, 4, 5)),
             )
-
-
-@functools.cache
-def compiled() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(residual_frame_reference)
 
 
 def gate(arguments: dict[str, Any]) -> None:
@@ -74,7 +67,5 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for weights in ("bf16", "int8", "fp32"):
         arguments = residual_arguments("meta", weights, batch=16)
         yield f"{weights}, batch 16", functools.partial(module.launch, **arguments)
-        for batch in (1, 64):
-            arguments = residual_arguments("meta", weights, batch=batch)
-            del arguments["forced"]
-            yield f"{weights}, batch {batch}, persistent", functools.partial(residual_persistent.launch, **arguments)
+        del arguments["forced"]
+        yield f"{weights}, persistent", functools.partial(residual_persistent.launch, **arguments)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
-from case import Case
+from case import Case, compiled
 from siren.kernels import rvq_embed as module
 from siren.kernels.rvq_embed import rvq_embed, rvq_embed_reference
 from torch import Tensor
@@ -27,31 +28,29 @@ def cases(device: str, small: bool) -> Iterator[Case]:
             label = f"{K}x{J}x{V}x{d} {str(dtype).removeprefix('torch.')}, B*T={B * T}"
             rows = sum(len(codes[:, j].unique()) for j in range(J))  # of one expert's tables that are read
             moved = K * rows * d * dtype.itemsize + codes.nbytes + d_sums.nbytes
+            check = functools.cache(functools.partial(gate, *arguments))  # both cases have this one
             for name, run in (("forward", forward), ("forward+backward", forward_backward)):
                 yield Case(
                     stem="rvq_embed",
                     label=f"{name} {label}",
                     arms={
-                        "eager": functools.partial(run, rvq_embed_reference, *arguments),
-                        "compile": lambda run=run, arguments=arguments: run(compiled(), *arguments),
+                        "eager": functools.partial(run, plain, *arguments),
+                        "compile": functools.partial(run, compiled(plain), *arguments),
                         "triton": functools.partial(run, rvq_embed, *arguments),
                     },
-                    gate=functools.partial(gate, *arguments),
+                    gate=check,
                     # Backward: d_sums and codes are read, d_tables is written whole.
                     bytes=moved if run is forward else moved + d_sums.nbytes + codes.nbytes + tables.nbytes,
                     flops=K * B * T * J * d * (1 if run is forward else 2),
                 )
 
 
-@functools.cache
-def compiled() -> Callable[..., Tensor]:
-    return torch.compile(plain)
-
-
 def plain(tables: Tensor, codes: Tensor) -> Tensor:
-    """The reference without its argument checks, in whatever precision the tables have, for compilation and float64."""
+    """The sums as PyTorch does them best, also in float64. unbind: the gradient of a slice of `tables` would be as
+    large as `tables`, once for every codebook."""
     dtype = torch.promote_types(tables.dtype, torch.float32)
-    return sum(tables[:, j, codes[:, j]].to(dtype) for j in range(codes.shape[1]))
+    gathered = (table[:, codes[:, j]].to(dtype) for j, table in enumerate(tables.unbind(1)))
+    return functools.reduce(operator.add, gathered)
 
 
 def forward(function: Callable[..., Tensor], tables: Tensor, codes: Tensor, d_sums: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG001

@@ -54,8 +54,7 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                 stem="sample_heads",
                 label=f"{name}, batch {batch}",
                 arms={
-                    "eager": functools.partial(sample_heads_reference, **plain),
-                    "compile": lambda plain=plain: compiled()(**plain),
+                    "eager": as_replayed(device, functools.partial(sample_heads_reference, **plain)),
                     "triton": as_replayed(device, functools.partial(sample_heads, **arguments)),
                 },
                 gate=functools.partial(gate, arguments),
@@ -67,24 +66,13 @@ def cases(device: str, small: bool) -> Iterator[Case]:
             stem="sample_heads",
             label=f"noise, batch {batch}",
             arms={
-                "eager": functools.partial(gumbel_noise_reference, seeds, seeds, 12, codes),
-                "compile": lambda seeds=seeds, codes=codes: compiled_noise()(seeds, seeds, 12, codes),
+                "eager": as_replayed(device, functools.partial(gumbel_noise_reference, seeds, seeds, 12, codes)),
                 "triton": as_replayed(device, functools.partial(gumbel_noise, seeds, seeds, 12, codes)),
             },
             gate=functools.partial(gate_noise, seeds, codes),
             bytes=4 * batch * 12 * codes,
             flops=100 * batch * 12 * codes,  # ten rounds of Philox and two logarithms, roughly
         )
-
-
-@functools.cache
-def compiled() -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(sample_heads_reference)
-
-
-@functools.cache
-def compiled_noise() -> Callable[..., Tensor]:
-    return torch.compile(gumbel_noise_reference)
 
 
 def gate(arguments: dict[str, Any]) -> None:
