@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .checks import FLOAT, TABLE, WHOLE, check_tensor, check_weights
 from .linear import (
@@ -361,7 +362,7 @@ def launch(
     return h
 
 
-@torch.library.custom_op("siren::backbone_step", mutates_args=("keys", "values"))
+@library.custom_op("siren::backbone_step", mutates_args=("keys", "values"))
 def backbone_step(
     inputs: torch.Tensor,
     frame: torch.Tensor,

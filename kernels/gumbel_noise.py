@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .draw import gumbel
 
@@ -54,7 +55,7 @@ def launch(seeds: torch.Tensor, frames: torch.Tensor, codebooks: int, codes: int
     return noise
 
 
-@torch.library.custom_op("siren::gumbel_noise", mutates_args=())
+@library.custom_op("siren::gumbel_noise", mutates_args=())
 def gumbel_noise(seeds: torch.Tensor, frames: torch.Tensor, codebooks: int, codes: int) -> torch.Tensor:
     """Gumbel noise float32 [B, codebooks, codes] of the draws of one frame: see draw.py.
 

@@ -27,7 +27,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from .interpreter import dot, round_to
 from .linear import all_registers
@@ -315,7 +315,7 @@ def backward(
     return d_x, d_weight.to(weight.dtype)
 
 
-@torch.library.custom_op("siren::linear_logprob", mutates_args=())
+@library.custom_op("siren::linear_logprob", mutates_args=())
 def forward_op(
     x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -331,7 +331,7 @@ def _fake(x: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, tempe
     return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty((2, x.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("siren::linear_logprob_backward", mutates_args=())
+@library.custom_op("siren::linear_logprob_backward", mutates_args=())
 def backward_op(
     x: Tensor,
     weight: Tensor,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .linear_logprob import backward_op, check_rows, check_values, forward, linear_logprob_reference
 
@@ -43,7 +43,7 @@ def policy_loss_reference(
     return -torch.min(ratio * advantages, clipped * advantages), logprobs.detach()
 
 
-@torch.library.custom_op("siren::policy_loss", mutates_args=())
+@library.custom_op("siren::policy_loss", mutates_args=())
 def _op(
     x: Tensor,
     weight: Tensor,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from . import residual_persistent, sample_heads
 from .checks import FLOAT, WHOLE, check_tensor, check_weights
@@ -270,7 +271,7 @@ def launch(
     return codes, logprobs, total, logits
 
 
-@torch.library.custom_op("siren::residual_frame", mutates_args=())
+@library.custom_op("siren::residual_frame", mutates_args=())
 def residual_frame(
     h: torch.Tensor,
     start: torch.Tensor,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .interpreter import round_to
 
@@ -130,7 +131,7 @@ def _backward(
     return d_x, parts.sum(dim=0).to(weight.dtype)
 
 
-@torch.library.custom_op("siren::rms_norm", mutates_args=())
+@library.custom_op("siren::rms_norm", mutates_args=())
 def _rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, delta: torch.Tensor | None, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +147,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op("siren::rms_norm_backward", mutates_args=())
+@library.custom_op("siren::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(
     d_total: torch.Tensor | None, d_normed: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .interpreter import round_to
 
@@ -186,7 +187,7 @@ def _backward(d_sums: torch.Tensor, codes: torch.Tensor, V: int, dtype: torch.dt
     return d_tables
 
 
-@torch.library.custom_op("siren::rvq_embed", mutates_args=())
+@library.custom_op("siren::rvq_embed", mutates_args=())
 def _rvq_embed(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     _check(tables, codes)
     _check_values(tables, codes)
@@ -200,7 +201,7 @@ def _(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return tables.new_empty(K, B, T, d, dtype=torch.float32)
 
 
-@torch.library.custom_op("siren::rvq_embed_backward", mutates_args=())
+@library.custom_op("siren::rvq_embed_backward", mutates_args=())
 def _rvq_embed_backward(d_sums: torch.Tensor, codes: torch.Tensor, V: int, dtype: torch.dtype) -> torch.Tensor:
     return _backward(d_sums, codes, V, dtype)
 

@@ -17,6 +17,7 @@ import struct
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .checks import FLOAT, MATRIX, TABLE, WHOLE, check_tensor
 from .draw import draw, embed
@@ -255,7 +256,7 @@ def launch(
     )
 
 
-@torch.library.custom_op("siren::sample_heads", mutates_args=("total", "condition"))
+@library.custom_op("siren::sample_heads", mutates_args=("total", "condition"))
 def sample_heads(
     x: torch.Tensor,
     norm: torch.Tensor | None,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .interpreter import dot, round_to
 
@@ -157,7 +158,7 @@ def _backward(d_out: torch.Tensor, qkv: torch.Tensor, n_heads: int, n_kv_heads: 
     return d_qkv
 
 
-@torch.library.custom_op("siren::short_attention", mutates_args=())
+@library.custom_op("siren::short_attention", mutates_args=())
 def _short_attention(qkv: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
     _check(qkv, n_heads, n_kv_heads)
     return _forward(qkv, n_heads, n_kv_heads)
@@ -170,7 +171,7 @@ def _(qkv: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
     return qkv.new_empty(N, S, width // (n_heads + 2 * n_kv_heads) * n_heads)
 
 
-@torch.library.custom_op("siren::short_attention_backward", mutates_args=())
+@library.custom_op("siren::short_attention_backward", mutates_args=())
 def _short_attention_backward(d_out: torch.Tensor, qkv: torch.Tensor, n_heads: int, n_kv_heads: int) -> torch.Tensor:
     return _backward(d_out, qkv, n_heads, n_kv_heads)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import library
 
 from .interpreter import round_to
 
@@ -73,7 +74,7 @@ def _backward(d_out: torch.Tensor, gate_value: torch.Tensor) -> torch.Tensor:
     return d_gate_value
 
 
-@torch.library.custom_op("siren::swiglu", mutates_args=())
+@library.custom_op("siren::swiglu", mutates_args=())
 def _swiglu(gate_value: torch.Tensor) -> torch.Tensor:
     _check(gate_value)
     return _forward(gate_value)
@@ -85,7 +86,7 @@ def _(gate_value: torch.Tensor) -> torch.Tensor:
     return gate_value.new_empty(*gate_value.shape[:-1], gate_value.shape[-1] // 2)
 
 
-@torch.library.custom_op("siren::swiglu_backward", mutates_args=())
+@library.custom_op("siren::swiglu_backward", mutates_args=())
 def _swiglu_backward(d_out: torch.Tensor, gate_value: torch.Tensor) -> torch.Tensor:
     return _backward(d_out, gate_value)
 

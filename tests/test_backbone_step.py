@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import library
 
 pytest.importorskip("triton")
 
@@ -148,7 +149,7 @@ def test_alone_and_together(weights: str, device: str) -> None:
 def test_operation(device: str) -> None:
     """opcheck accepts it, and it survives torch.compile."""
     arguments = backbone_arguments(device, "bf16", **SMALL | {"blocks": 1, "experts": 1, "heads": 2})
-    torch.library.opcheck(backbone_step, tuple(copied(arguments).values()))
+    library.opcheck(backbone_step, tuple(copied(arguments).values()))
     eager, compiled = copied(arguments), copied(arguments)
     function = torch.compile(lambda given: backbone_step(**given) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(function(compiled), backbone_step(**eager) + 1)

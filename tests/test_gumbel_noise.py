@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import library
 
 pytest.importorskip("triton")
 
@@ -45,7 +46,7 @@ def test_writes_its_rows_and_no_more(device: str) -> None:
 def test_operation(device: str) -> None:
     """opcheck accepts it, it survives torch.compile, and wrong arguments are named."""
     seeds, frames = (torch.arange(3, device=device) for _ in range(2))
-    torch.library.opcheck(gumbel_noise, (seeds, frames, 2, 5))
+    library.opcheck(gumbel_noise, (seeds, frames, 2, 5))
     compiled = torch.compile(lambda seeds, frames: gumbel_noise(seeds, frames, 2, 5) * 2, fullgraph=True)
     assert torch.equal(compiled(seeds, frames), gumbel_noise(seeds, frames, 2, 5) * 2)
     with pytest.raises(ValueError, match=r"seeds must be contiguous int64 \[3\]"):

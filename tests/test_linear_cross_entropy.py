@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -327,9 +327,9 @@ def test_registration(device: str, masked: bool) -> None:
     x, weight, targets, gradient = inputs(5, 7, 3, torch.float32, device)
     mask = torch.tensor([True, False, True, True, False], device=device) if masked else None
     leaves = x.requires_grad_(), weight.requires_grad_()
-    torch.library.opcheck(torch.ops.siren.linear_logprob.default, (*leaves, targets, mask, 0.7))
+    library.opcheck(torch.ops.siren.linear_logprob.default, (*leaves, targets, mask, 0.7))
     arguments = (x.detach(), weight.detach(), targets, mask, torch.rand(2, 5, device=device), gradient, 0.7)
-    torch.library.opcheck(torch.ops.siren.linear_logprob_backward.default, arguments)
+    library.opcheck(torch.ops.siren.linear_logprob_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 pytest.importorskip("triton")
 
@@ -299,7 +299,7 @@ def test_registration(device: str, masked: bool) -> None:
     x, weight, codes, old, advantages = inputs(5, 7, 3, torch.float32, device)
     mask = torch.tensor([True, False, True, True, False], device=device) if masked else None
     arguments = (x.requires_grad_(), weight.requires_grad_(), codes, old, advantages, mask, 0.7, 0.2, 0.28)
-    torch.library.opcheck(torch.ops.siren.policy_loss.default, arguments)
+    library.opcheck(torch.ops.siren.policy_loss.default, arguments)
 
 
 def test_compiles_to_one_graph(device: str) -> None:

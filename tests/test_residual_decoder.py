@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 import siren
 from siren.layers import DecoderBlock, RMSNorm, sinusoidal_positions
@@ -349,10 +349,10 @@ def test_kernel_arguments(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_registered(dtype: torch.dtype, device: str) -> None:
-    """What torch.library promises of every operation: schema, fake tensors, gradients through the dispatcher."""
+    """What PyTorch promises of every operation: schema, fake tensors, gradients through the dispatcher."""
     ops = torch.ops.siren
     x, weight, positions = random(device, dtype, 2, 3, 8), random(device, dtype, 8), random(device, dtype, 3, 8)
-    check = torch.library.opcheck
+    check = library.opcheck
     check(ops.rms_norm.default, (x.requires_grad_(), weight.requires_grad_(), EPS, x.detach().requires_grad_(), None))
     check(ops.rms_norm.default, (x, weight, EPS, None, positions))
     x, weight = x.detach(), weight.detach()

@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import library
 
 pytest.importorskip("triton")
 
@@ -241,7 +242,7 @@ def test_operation(device: str) -> None:
     arguments = residual_arguments(device, "fp32", **SMALL | {"experts": 1, "blocks": 1})
     for persistent in (False, True):
         values = (*arguments.values(), persistent)
-        torch.library.opcheck(residual_frame, values)
+        library.opcheck(residual_frame, values)
         function = torch.compile(lambda *given: residual_frame(*given)[3] * 2, fullgraph=True, backend="aot_eager")
         assert torch.equal(function(*values), residual_frame(*values)[3] * 2)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 import siren
 from siren.expert import CodeEmbedding
@@ -229,12 +229,12 @@ def test_arguments(device: str) -> None:
 
 
 def test_registered(device: str) -> None:
-    """What torch.library promises: schema, fake tensors, gradients through the dispatcher."""
+    """What PyTorch promises of an operation: schema, fake tensors, gradients through the dispatcher."""
     tables, codes = inputs(2, 3, 5, 7, 3, 2, torch.bfloat16, device)
-    torch.library.opcheck(torch.ops.siren.rvq_embed.default, (tables, codes))
-    torch.library.opcheck(torch.ops.siren.rvq_embed.default, (tables[:, :2].requires_grad_(), codes[:, :2].int()))
+    library.opcheck(torch.ops.siren.rvq_embed.default, (tables, codes))
+    library.opcheck(torch.ops.siren.rvq_embed.default, (tables[:, :2].requires_grad_(), codes[:, :2].int()))
     d_sums = torch.randn(2, 3, 2, 7, device=device)
-    torch.library.opcheck(torch.ops.siren.rvq_embed_backward.default, (d_sums, codes, 5, torch.bfloat16))
+    library.opcheck(torch.ops.siren.rvq_embed_backward.default, (d_sums, codes, 5, torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -18,6 +18,7 @@ from siren.kernels import sample_heads as module
 from siren.kernels.draw import draw as device_draw
 from siren.kernels.gumbel_noise import gumbel_noise_reference
 from siren.kernels.sample_heads import sample_heads, sample_heads_reference
+from torch import library
 
 from siren.sampling import SamplingSettings, draw
 
@@ -302,7 +303,7 @@ def test_operation(device: str) -> None:
     """opcheck accepts it, and it survives torch.compile."""
     for changed in ({}, {"noise": None, "temperature": 0.0}, {"guidance": 2.0}):
         arguments = arguments_of(device, **changed)
-        torch.library.opcheck(sample_heads, tuple(copied(arguments).values()))
+        library.opcheck(sample_heads, tuple(copied(arguments).values()))
     arguments, eager, compiled = (arguments_of(device) for _ in range(3))
     function = torch.compile(lambda values: sample_heads(**values), fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(function(compiled), sample_heads(**eager), strict=True))
