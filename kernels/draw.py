@@ -28,7 +28,7 @@ def gumbel(seed, frame, codebook, BLOCK_V: tl.constexpr):
 def lowest_kept(key, weight, target, BITS: tl.constexpr):
     """[ROWS] the largest threshold for which the weights of the keys from it up sum to the target; keys below 2^BITS.
 
-    Bit by bit, each a sum over the row: no sort, whose many exchanges between threads take longer.
+    Bit by bit, each a sum over the row, instead of a sort.
     """
     threshold = tl.zeros_like(target).to(tl.int64)
     for i in range(BITS):

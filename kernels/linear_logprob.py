@@ -16,8 +16,8 @@ rows at a time are computed from the logits made again, rounded to x's dtype as 
 PyTorch's matrix products. Without atomics two runs agree bit for bit. `policy_loss` uses the same kernels: its loss is
 an epilogue of the second one.
 
-float32 products are exact float32, without tensor cores, and slower than cuBLAS: with float32 operands this saves
-memory, not time. Left out: skipping tiles in which every row is masked, and one kernel for d_logits and its products.
+float32 products are exact float32, without tensor cores: with float32 operands expect this to save memory, not time.
+Left out: skipping tiles in which every row is masked, and one kernel for d_logits and its products.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ def linear_logprob(
 
     x [N, d], weight [V, d], mask [N] bool. What the sampler reports: temperature 0 means the logits themselves. The
     log-probability is differentiable once, in x and weight; the log-sum-exp carries no gradient and means nothing in
-    masked rows. float32 products take no tensor cores: slower than cuBLAS. Scratch is 3 * N * cdiv(V, BLOCK_V) floats,
+    masked rows. float32 products take no tensor cores. Scratch is 3 * N * cdiv(V, BLOCK_V) floats,
     not N * V. A target out of range is a ValueError on CPU tensors; on a GPU, where looking at the targets would make
     the host wait, the row's values and all gradients that it reaches are NaN. An unmasked NaN in x spreads even where
     the incoming gradient is 0. Wrong arguments raise ValueError or TypeError naming the argument and what it should be.

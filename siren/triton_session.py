@@ -1,7 +1,7 @@
 """Sequences being decoded by Triton kernels: a frame is launched as one CUDA graph, several frames ahead of the host.
 
 Everything that a frame changes lives on the device: the sums of the latest embeddings, the caches, the frame's number.
-So the same captured launch serves every frame and the device never waits for the host. Codes and log-probabilities
+So the same captured launch serves every frame and the device need not wait for the host. Codes and log-probabilities
 follow in pinned memory; a frame counts once they have arrived and are sound. Whatever stops the host before that (an
 error, Ctrl-C, a callback that raises) leaves the device ahead of the frames that count: the next call takes it back
 first, so that nothing done on the way out can go wrong.
@@ -26,7 +26,7 @@ from .triton_weights import TritonWeights
 
 _FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
 _CAPTURE = threading.Lock()  # PyTorch allows one capture at a time in a process
-_AHEAD = 8  # frames that may be launched and not yet collected: a frame takes the host less time than the device
+_AHEAD = 8  # frames that may be launched and not yet collected, so that the device has the next one at hand
 
 
 @contextlib.contextmanager

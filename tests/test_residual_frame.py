@@ -104,8 +104,9 @@ def test_tiles_as_on_a_gpu(persistent: bool, device: str, monkeypatch: pytest.Mo
     arguments = residual_arguments(device, "fp32", **SMALL | {"batch": 17, "experts": 2, "blocks": 1}, guided=True)
     results = residual_frame(**arguments, persistent=persistent)
     exact = residual_frame_reference(**arguments | {"h": arguments["h"].double()})
+    plain = residual_frame_reference(**arguments)
     assert torch.equal(results[0], exact[0])
-    assert relative_error(results[3], exact[3]) < 1e-5
+    assert relative_error(results[3], exact[3]) <= 2 * relative_error(plain[3], exact[3])
 
 
 @both
@@ -119,7 +120,10 @@ def test_forced_and_free_agree(persistent: bool, device: str) -> None:
     forced = residual_frame(**arguments | {"forced": free[0]}, persistent=False)
     if not persistent:
         assert all(torch.equal(a, b) for a, b in zip(free, forced, strict=True))
-    assert relative_error(forced[3], free[3].double()) < 1e-6
+    given = arguments | {"forced": free[0]}
+    exact = residual_frame_reference(**given | {"h": arguments["h"].double()})[3]
+    allowed = 2 * relative_error(residual_frame_reference(**given)[3], exact)
+    assert max(relative_error(forced[3], exact), relative_error(free[3], exact)) <= allowed
 
 
 @both
@@ -203,9 +207,12 @@ torch.save([tensor.clone() for tensor in result], f"{folder}/result-{program}.pt
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the programs run side by side as they are")
 @pytest.mark.parametrize("programs", [2, 3])
-def test_programs_side_by_side(programs: int, tmp_path: Path) -> None:
+def test_programs_side_by_side(programs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The persistent kernel's programs, each in a process of its own, wait for one another at its barriers and together
-    compute what one program does alone. The interpreter itself would run them one after another."""
+    compute what one program does alone, bit for bit with its tiles. The interpreter itself would run them one after
+    another."""
+    from siren.kernels import residual_persistent
+
     shape = SMALL | {"experts": 2, "blocks": 1, "batch": 2, "guided": True}
     paths = json.dumps([path for path in sys.path if path])
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -230,11 +237,15 @@ def test_programs_side_by_side(programs: int, tmp_path: Path) -> None:
             process.kill()
     arguments = residual_arguments("cpu", "fp32", **shape)
     expected = residual_frame(**arguments, persistent=True)
+    sizes = residual_persistent.tile_sizes
+    monkeypatch.setattr(residual_persistent, "tile_sizes", lambda *given: {**sizes(*given), "BLOCK_N": 16})
+    alone = residual_frame(**arguments, persistent=True)
     for program in range(programs):
         result = torch.load(tmp_path / f"result-{program}.pt", weights_only=True)
         assert torch.equal(result[0], expected[0])
         assert torch.equal(result[2], expected[2])
         torch.testing.assert_close(result[3], expected[3], rtol=1e-5, atol=1e-5)
+        assert torch.equal(result[3], alone[3])
 
 
 def test_operation(device: str) -> None:
