@@ -12,7 +12,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.siren-installed
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
 
 .PHONY: decode test sanitize bench gpu-check clean
@@ -66,4 +66,4 @@ gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
 clean:
-	rm -rf build dist out *.egg-info siren/_cpu*.so
+	rm -rf build dist out *.egg-info siren/*.so

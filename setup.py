@@ -1,16 +1,23 @@
-"""Builds the C++ extension with ninja. Everything else about the package is in pyproject.toml.
+"""Builds the extensions with ninja. Everything else about the package is in pyproject.toml.
+
+    siren._cpu        the CPU engine
+    siren._emulator   the CUDA kernel, compiled for the host
+    siren._cuda       the CUDA kernel, where nvcc is found; without it everything else still works
 
 No torch header is included, so nothing of torch is needed to build: a C++17 compiler, pybind11 and ninja.
 
     CXX, CXXFLAGS     the compiler, and flags added after ours
-    SIREN_SANITIZE    "address,undefined" or "thread": an instrumented build, for the tests
-    SIREN_CUDA        0 skips CUDA; 1 makes its absence an error
+    SIREN_SANITIZE    "address,undefined" or "thread": an instrumented siren._cpu and nothing else, for the tests
+    SIREN_CUDA        0 skips siren._cuda; 1 makes its absence an error
+    SIREN_CUDA_ARCHS  GPUs to compile for, "80,90a,100,120" unless set, less what nvcc does not know
+    CUDA_HOME         where bin/nvcc is, if not on PATH
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +42,7 @@ if X86:
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra"]
 OPTIMISED = ["-O3"]
+ARCHS = "80,90a,100,120"
 SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer", "-DSIREN_POISON=1"]
 
 RULES = """\
@@ -46,6 +54,16 @@ rule compile
   description = $out
 rule link
   command = $cxx $flags $in -o $out
+  description = $out
+"""
+CUDA_RULES = """\
+rule compile_cuda
+  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = $out
+rule link_cuda
+  command = $nvcc $flags $in -o $out
   description = $out
 """
 
@@ -97,14 +115,47 @@ def accepted_paths(cxx: list[str]) -> dict[str, list[str]]:
     return accepted
 
 
-def check_cuda() -> None:
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME and no other if that is set, else of PATH, else of the usual folder."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home) / "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def target_flags(nvcc: str) -> list[str]:
+    """-gencode for each target; the newest also as PTX, which later GPUs compile for themselves."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    given = os.environ.get("SIREN_CUDA_ARCHS")
+    targets = sorted(set((given or ARCHS).split(",")), key=lambda target: int(target.rstrip("af")))
+    missing = [target for target in targets if target.rstrip("af") not in known]
+    if given and missing:
+        fail(f"{nvcc} does not know {missing[0]} of SIREN_CUDA_ARCHS: it knows {','.join(sorted(known, key=int))}")
+    targets = [target for target in targets if target not in missing]
+    flags = []
+    for target in targets:
+        ptx = target == targets[-1] and target.isdigit()
+        code = f"[sm_{target},compute_{target}]" if ptx else f"sm_{target}"
+        flags += ["-gencode", f"arch=compute_{target},code={code}"]
+    return flags
+
+
+def cuda_compiler() -> list[str] | None:
+    """nvcc and the flags of its targets, for siren._cuda; None leaves that out."""
     wanted = os.environ.get("SIREN_CUDA", "")
     if wanted not in ("", "0", "1"):
         fail(f"SIREN_CUDA must be 0 or 1, not {wanted!r}")
-    if wanted == "1":
-        if not shutil.which("nvcc"):
-            fail("SIREN_CUDA=1, but nvcc was not found on PATH: install the CUDA toolkit, or unset SIREN_CUDA")
-        fail("SIREN_CUDA=1, but this version has no CUDA engine yet: unset SIREN_CUDA")
+    if wanted == "0" or not (ROOT / "csrc" / "cuda" / "launch.cu").exists():
+        return None
+    archs = os.environ.get("SIREN_CUDA_ARCHS") or ARCHS
+    if not re.fullmatch(r"\d{2,3}[af]?(,\d{2,3}[af]?)*", archs):
+        fail(f"SIREN_CUDA_ARCHS must be like '80,90a,120', not {archs!r}")
+    nvcc = find_nvcc()
+    if wanted == "1" and not nvcc:
+        place = "in bin of CUDA_HOME" if os.environ.get("CUDA_HOME") else "on PATH"
+        fail(f"SIREN_CUDA=1, but nvcc was not found {place}: install the CUDA toolkit, or unset SIREN_CUDA")
+    return [nvcc, *target_flags(nvcc)] if nvcc else None
 
 
 def escape(text: object) -> str:
@@ -112,56 +163,100 @@ def escape(text: object) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(build: Path, output: Path) -> str:
+def quote(words: list[str]) -> str:
+    """Words of a command, as ninja and then the shell read them."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def statement(rule: str, target: Path, inputs: list[Path], flags: list[str]) -> str:
+    return f"build {escape(target)}: {rule} {' '.join(map(escape, inputs))}\n  flags = {quote(flags)}\n"
+
+
+def ninja_file(name: str, nvcc: list[str] | None, build: Path, output: Path) -> str:
     """The text of build.ninja: one object per file, kernels.cpp one per instruction path, one shared library."""
     import pybind11
 
     cxx = find_compiler()
-    paths = accepted_paths(cxx)
     sanitizer = sanitizer_flags()
     includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
     common = [*COMMON, *(SANITIZED if sanitizer else OPTIMISED), *sanitizer, *(f"-I{path}" for path in includes)]
-    common += ["-DSIREN_X86=1"] * X86 + [f"-DSIREN_HAVE_{name.upper()}=1" for name in paths]
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    folder = ROOT / "csrc" / ("cpu" if name == "_cpu" else "cuda")
 
-    def statement(rule: str, target: Path, inputs: list[Path], flags: list[str]) -> str:
-        words = shlex.join(flags).replace("$", "$$")
-        return f"build {escape(target)}: {rule} {' '.join(map(escape, inputs))}\n  flags = {words}\n"
+    objects: dict[str, tuple[Path, list[str]]] = {}  # name: source and flags
+    if name == "_cpu":
+        paths = accepted_paths(cxx)
+        common += ["-DSIREN_X86=1"] * X86 + [f"-DSIREN_HAVE_{path.upper()}=1" for path in paths]
+        for path, flags in paths.items():
+            objects[f"kernels_{path}.o"] = folder / "kernels.cpp", [f"-DSIREN_ISA={path}", *flags]
+        for source in sorted(folder.glob("*.cpp")):
+            if source.name != "kernels.cpp":
+                objects[f"{source.stem}.o"] = source, []
+    elif name == "_emulator":
+        for stem in ("fibers", "emulate", "bind_emulator"):
+            objects[f"{stem}.o"] = folder / f"{stem}.cpp", ["-Wno-unknown-pragmas"]  # nvcc's, in the kernel
+    else:
+        objects["bind_cuda.o"] = folder / "bind_cuda.cpp", []
 
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    text = [RULES, f"cxx = {shlex.join(cxx).replace('$', '$$')}\n"]
-    objects = []
-    for source in sources:
-        if source.name == "kernels.cpp":
-            variants = {f"kernels_{name}.o": [f"-DSIREN_ISA={name}", *flags] for name, flags in paths.items()}
-        else:
-            variants = {f"{source.stem}.o": []}
-        for name, flags in variants.items():
-            objects.append(build / name)
-            text.append(statement("compile", build / name, [source], [*common, *flags, *extra]))
-    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    text = [RULES, f"cxx = {quote(cxx)}\n"]
+    text += [
+        statement("compile", build / object_name, [source], [*common, *flags, *extra])
+        for object_name, (source, flags) in objects.items()
+    ]
+    inputs = [build / object_name for object_name in objects]
     ldflags = shlex.split(os.environ.get("LDFLAGS", ""))
-    text.append(statement("link", output, objects, [*shared, "-pthread", *sanitizer, *extra, *ldflags]))
+    if name == "_cuda":
+        assert nvcc is not None
+        host = ["-ccbin", *cxx] if len(cxx) == 1 else []
+        flags = ["-std=c++17", "-O3", *nvcc[1:], "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        text += [CUDA_RULES, f"nvcc = {quote(nvcc[:1])}\n"]
+        text.append(
+            statement("compile_cuda", build / "launch.o", [folder / "launch.cu"], [*host, *flags, f"-I{includes[0]}"])
+        )
+        # The runtime inside, and hidden: torch brings another one.
+        shared = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-Xcompiler", "-pthread"]
+        words = [word for flag in ldflags for word in ("-Xcompiler", flag)]
+        text.append(statement("link_cuda", output, [*inputs, build / "launch.o"], [*host, *shared, *words]))
+    else:
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        text.append(statement("link", output, inputs, [*shared, "-pthread", *sanitizer, *extra, *ldflags]))
     return "".join(text)
 
 
 class NinjaBuild(build_ext):
     """setuptools passes one set of flags to all files of an extension; this needs flags per file, and all cores."""
 
-    def build_extension(self, ext: Extension) -> None:
-        check_cuda()
-        build = Path(self.build_temp).resolve() / ext.name
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+    def build_extensions(self) -> None:
+        nvcc = cuda_compiler()
+        left_out = set() if nvcc else {"siren._cuda"}
+        if sanitizer_flags():
+            left_out = {"siren._emulator", "siren._cuda"}
+        built = []
+        for ext in self.extensions:
+            output = Path(self.get_ext_fullpath(ext.name)).resolve()
+            if ext.name in left_out or not self.ninja(ext.name.rpartition(".")[2], nvcc, output):
+                output.unlink(missing_ok=True)  # of an earlier build
+            else:
+                built.append(ext)
+        self.extensions = built
+
+    def ninja(self, name: str, nvcc: list[str] | None, output: Path) -> bool:
+        """Whether the extension was built; False is for siren._cuda only, unless that is asked for."""
+        build = Path(self.build_temp).resolve() / f"siren.{name}"
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(build, output), encoding="utf-8")
-        if subprocess.run([find_ninja(), "-C", str(build)]).returncode:
-            fail("the C++ extension did not build; the compiler's messages are above")
+        (build / "build.ninja").write_text(ninja_file(name, nvcc, build, output), encoding="utf-8")
+        if subprocess.run([find_ninja(), "-C", str(build)]).returncode == 0:
+            return True
+        if name != "_cuda" or os.environ.get("SIREN_CUDA") == "1":
+            fail(f"siren.{name} did not build; the compiler's messages are above")
+        print("siren: siren._cuda did not build and is left out; SIREN_CUDA=1 makes that an error", file=sys.stderr)
+        return False
 
 
 setup(
     package_dir={"siren": "siren", "siren.kernels": "kernels"},
     packages=["siren", "siren.kernels"],
-    ext_modules=[Extension("siren._cpu", sources=[])],
+    ext_modules=[Extension(f"siren.{name}", sources=[]) for name in ("_cpu", "_emulator", "_cuda")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -80,6 +80,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def residual_table(rows: list[dict[str, Any]]) -> str:
+    """Rows of residual(), one frame's work after the backbones, as Markdown; nothing where there are none."""
+    if not rows:
+        return ""
+    head = ["residual()", "batch", "us a call", "10% to 90%", "GB", "of bandwidth"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for row in rows:
+        cells = [row["arm"], str(row["batch"]), f"{row['us']:.0f}", f"{row['us_p10']:.0f} to {row['us_p90']:.0f}"]
+        cells += [f"{row['gb_moved']:.2f}", f"{row['share_of_bandwidth']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw_picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """A bar a row, its share of the bandwidth written on it."""
     try:

@@ -6,6 +6,7 @@ graph    the same with static shapes, a frame as one CUDA graph (static_arm.py)
 compile  the same, through torch.compile(mode="max-autotune-no-cudagraphs") before it is captured
 triton   siren.triton_engine.TritonDecoder
 persistent   the same decoder with its residual decoders in one persistent kernel
+cuda     siren.cuda_engine.CudaDecoder: all frames of a step in one persistent kernel
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from static_arm import StaticDecoder
 from torch import Tensor
 
 from siren import SirenConfig
+from siren.cuda_engine import CudaDecoder
 from siren.reference import ReferenceDecoder
 from siren.sampling import SamplingSettings, gumbel_noise
 
 PYTORCH = ("naive-fp32", "naive-bf16", "graph-fp32", "graph-bf16", "compile-bf16")
-ARMS = (*PYTORCH, "triton-fp32", "triton-bf16", "triton-int8", "persistent-bf16", "persistent-int8")
-DEFAULT = "naive-bf16,graph-bf16,compile-bf16,triton-bf16,triton-int8,persistent-bf16"
+OURS = ("triton-fp32", "triton-bf16", "triton-int8", "persistent-bf16", "persistent-int8", "cuda-bf16", "cuda-int8")
+ARMS = (*PYTORCH, *OURS)
+DEFAULT = "naive-bf16,graph-bf16,compile-bf16,triton-bf16,triton-int8,persistent-bf16,cuda-bf16,cuda-int8"
 
 
 def build(name: str, config: SirenConfig, device: str, frames: int, built: dict[str, Any]) -> Any:
@@ -47,11 +50,34 @@ def build(name: str, config: SirenConfig, device: str, frames: int, built: dict[
     experts = ((start, dict(tensors)) for start, tensors in arms.random_experts(config, 0))
     if kind == "naive":
         return ReferenceDecoder(config, experts, weights, device)
+    if kind == "cuda":
+        return CudaDecoder(config, experts, weights, device)
     from siren.triton_engine import TritonDecoder
 
     decoder = TritonDecoder(config, experts, weights=weights, device=device)
     decoder.persistent = False  # whatever SIREN_TRITON_RESIDUAL says: an arm is what its name says
     return decoder
+
+
+def build_residual(name: str, config: SirenConfig, device: str, built: dict[str, Any]) -> Any:
+    """The decoder for what follows a frame's backbones alone. A cuda arm has one with only those weights, the others
+    are `built`'s."""
+    kind, weights = name.split("-")
+    key = f"{name}-residual" if kind == "cuda" else name
+    if key not in built:
+        if kind == "cuda":
+            experts = ((start, dict(tensors)) for start, tensors in arms.random_experts(config, 0))
+            built[key] = CudaDecoder(config, experts, weights, device, residual=True)
+        else:
+            built[key] = build(name, config, device, 1, built)
+    return built[key]
+
+
+def residual_inputs(config: SirenConfig, batch: int) -> tuple[Tensor, Tensor]:
+    """Random outputs of the backbones, as large as their norm makes them, and random starts: [num_experts, B, dim]."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (config.num_experts, batch, config.dim)
+    return torch.randn(shape, generator=generator), 0.1 * torch.randn(shape, generator=generator)
 
 
 @dataclasses.dataclass
@@ -84,6 +110,7 @@ class Gate:
         self.noise = torch.stack(noise, dim=2).double()  # [B, num_codebooks, T, V]
         self.decoders: dict[str, Any] = {}
         self.errors = functools.cache(self._errors)
+        self.residual_errors = functools.cache(self._residual_errors)
 
     def _start(self, name: str) -> Any:
         if name not in self.decoders:
@@ -109,12 +136,48 @@ class Gate:
             codes=codes,
         )
 
-    def check(self, name: str) -> str:
-        """A line that says what was found. Raises ValueError when the arm is red."""
+    def _residual_errors(self, name: str) -> Errors:
+        """Of one frame after the backbones. An arm does not show its logits there, so they count as without error;
+        the log-probabilities and the draws are judged."""
+        h, start = residual_inputs(self.config, len(self.seeds))
+        frame = np.zeros(len(self.seeds), dtype=np.int64)
+        decoder = build_residual(name, self.config, self.device, self.decoders)
+        codes, logprobs, _ = decoder.residual(h, start, self.seeds, frame, SamplingSettings())
+        if not 0 <= int(codes.min()) <= int(codes.max()) < self.config.codebook_size:
+            raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} of {self.config.codebook_size}")
+        truth = self._residual_logits("naive-fp32", h, start, codes)
+        own = self._residual_logits(name, h, start, codes) if name.startswith("naive") else truth
+        scores = truth + self.noise[:, :, 0]
+        place = codes.unsqueeze(2)
+        expected = truth.log_softmax(dim=2).gather(2, place).squeeze(2)
+        return Errors(
+            logits=_size(own - truth) / _size(truth),
+            worst=float((own - truth).abs().max()),
+            logprobs=_size(logprobs.double() - expected),
+            regret=float((scores.amax(dim=2) - scores.gather(2, place).squeeze(2)).max()),
+            codes=codes,
+        )
+
+    def _residual_logits(self, name: str, h: Tensor, start: Tensor, codes: Tensor) -> Tensor:
+        """float64 [B, num_codebooks, V] of a naive arm that is given these codes."""
+        decoder, logits = build_residual(name, self.config, self.device, self.decoders), []
+
+        def pick(codebook: int, now: Tensor) -> Tensor:
+            logits.append(now.double().cpu())
+            return codes[:, codebook].to(now.device)
+
+        with torch.inference_mode():
+            decoder.codes_of_frame(h.to(self.device, decoder.dtype), start.to(self.device), len(codes), pick)
+        return torch.stack(logits, dim=1)
+
+    def check(self, name: str, residual: bool = False) -> str:
+        """A line that says what was found. Raises ValueError when the arm is red. `residual`: of its residual(), which
+        has what follows the backbones alone."""
         weights = name.split("-")[1]
         if name.startswith("naive"):
             return f"{name}: plain PyTorch, the measure"
-        found, plain = self.errors(name), self.errors(f"naive-{weights}")
+        errors = self.residual_errors if residual else self.errors
+        found, plain = errors(name), errors(f"naive-{weights}")
         if weights == "fp32":
             different = int((found.codes != plain.codes).sum())
             limits = {"logits": 1e-5}

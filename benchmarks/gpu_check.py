@@ -4,12 +4,15 @@
     python benchmarks/gpu_check.py --sanitize STEM           compute-sanitizer on one kernel's gates, small sizes
     python benchmarks/gpu_check.py --device cpu --small      Triton's interpreter: the harness itself, nothing timed
 
-In this order, each within its share of the time that is left: build the package under build/gpu; the tests of the
-Triton kernels; every kernel's gate; the decode benchmark; every kernel's times; the decode benchmark's compiled arm,
-which takes minutes to compile. Each step runs in processes of its own, as a kernel that is wrong can hang or break a
-process. One JSON file holds all results and is written as they come. compute-sanitizer is too slow for that run: with
---sanitize memcheck and then racecheck have all of the time, after the build. Nothing is installed and the GPU's
-settings stay as they are. What was not done in time is red. Exit code 1 if anything is red, 2 if torch sees no GPU.
+In this order, each within its share of the time that is left: build the package under build/gpu, with the CUDA engine
+for this GPU; csrc/cuda/microbench.cu, what the GPU gives; a tiny model on the CUDA engine, alone and then under
+compute-sanitizer while the tests of both GPU engines run; every Triton kernel's gate; the decode benchmark; the CUDA
+engine's timeline; every Triton kernel's times; the decode benchmark's compiled arm, which takes minutes to compile.
+Each step runs in processes of its own, as a kernel that is wrong can hang or break a process, and is ended with all of
+them when its time is up. One JSON file holds all results and is written as they come. compute-sanitizer is too slow for
+the Triton kernels in that run: with --sanitize memcheck and then racecheck have all of the time, after the build.
+Nothing is installed and the GPU's settings stay as they are. What was not done in time is red. Exit code 1 if anything
+is red, 2 if torch sees no GPU.
 """
 
 from __future__ import annotations
@@ -40,10 +43,14 @@ from case import STEMS
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 LIBRARY = ROOT / "build" / "gpu" / "lib"
-TESTS = [*STEMS, "gumbel_noise", "checks", "triton_engine"]  # tests/test_<name>.py
+CUDA_TESTS = ["cuda_kernel", "cuda_engine", "cuda_compile"]  # tests/test_<name>.py
+TESTS = [*CUDA_TESTS, *STEMS, "gumbel_noise", "checks", "triton_engine"]
 DECODE_ARMS = "naive-bf16,graph-bf16,triton-bf16,triton-int8"
-COMPILE_ARMS = "compile-bf16,graph-bf16,triton-bf16"
+CUDA_ARMS = "cuda-bf16,cuda-int8"
+COMPILE_ARMS = "compile-bf16,graph-bf16"
 SANITIZED = ("memcheck", "racecheck")
+TINY_SANITIZED = ("memcheck", "racecheck", "synccheck")
+TOOLKIT = Path("/usr/local/cuda/bin")  # where nvcc and compute-sanitizer are looked for after PATH
 POLL_SECONDS = 2.0
 
 
@@ -53,6 +60,7 @@ class Check:
     def __init__(self, out: Path, budget: float, folder: Path, stems: Sequence[str] = STEMS) -> None:
         self.out, self.folder, self.stems, self.stop = out, folder, stems, time.monotonic() + budget
         self.lock = threading.Lock()  # tests and gates run a few at once
+        self.cuda = False  # whether the CUDA engine ran
         self.result: dict[str, Any] = {"about": {}, "seconds": {}, "parts": {}, "red": []}
 
     def describe(self, about: dict[str, Any]) -> None:
@@ -111,13 +119,60 @@ def environment() -> dict[str, str]:
 
 
 def build(check: Check, limit: float) -> None:
-    """The package with its C++ extension, which the benchmarks import too; an older build would leave its files."""
+    """The package with its extensions, which the benchmarks import too; an older build would leave its files. Where the
+    CUDA engine does not build, the rest of it does."""
+    stop = time.monotonic() + limit
     shutil.rmtree(LIBRARY, ignore_errors=True)
     words = [sys.executable, ROOT / "setup.py", "-q", "build", "--build-base", LIBRARY.parent, "--build-lib", LIBRARY]
-    code, output = check.run("build", ["env", "-C", ROOT, *words], limit)
-    check.result["parts"]["build"] = {"exit": code}
+    for cuda in ("1", "0"):
+        left = max(1.0, stop - time.monotonic())
+        code, output = check.run(
+            f"build-{cuda}", ["env", "-C", ROOT, f"SIREN_CUDA={cuda}", *words], 0.7 * left if cuda == "1" else left
+        )
+        check.result["parts"]["build"] = {"exit": code, "cuda": cuda == "1"}
+        if code == 0:
+            return
+        check.red(f"build with SIREN_CUDA={cuda}: {_end(code, output)}")
+        print(output[-4000:], flush=True)
+
+
+def microbench(check: Check, limit: float) -> None:
+    """What the GPU gives: csrc/cuda/microbench.cu, compiled for it."""
+    stop = time.monotonic() + limit
+    program, arch = check.folder / "microbench", os.environ.get("SIREN_CUDA_ARCHS", "")
+    words: list[object] = ["nvcc", "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-o", program]
+    code, output = check.run("microbench-build", [*words, ROOT / "csrc" / "cuda" / "microbench.cu"], limit)
+    if code == 0:
+        code, output = check.run("microbench", [program], max(1.0, stop - time.monotonic()))
+    try:
+        found = json.loads(output)
+    except ValueError:
+        found = {"end": output[-4000:]}
+    check.result["parts"]["microbench"] = {"exit": code, **found}
+    for name in ("stream", "reread", "exchange"):
+        for row in found.get(name, []):
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
     if code != 0:
-        check.red(f"build: {_end(code, output)}")
+        faults = [
+            row["fault"] for name in ("stream", "reread", "exchange") for row in found.get(name, []) if "fault" in row
+        ]
+        check.red(f"microbench: {'; '.join(faults) or _end(code, output)}")
+
+
+def tiny(check: Check, limit: float) -> None:
+    """A tiny model on the CUDA engine. Where that fails, what takes longer or runs beside others leaves it out."""
+    code, output = check.run("tiny", [sys.executable, BENCHMARKS / "cuda_tiny.py"], limit)
+    check.cuda = code == 0
+    check.put("cuda", "tiny", {"exit": code, "end": output[-4000:]})
+    print(output[-2000:], flush=True)
+    if code != 0:
+        check.red(f"cuda_tiny.py: {_end(code, output)}; decode and timeline are without the CUDA engine")
+
+
+def tests_and_sanitizers(check: Check, limit: float) -> None:
+    """Neither is timed, so that they share the GPU."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda step: step(check, limit), (tests, sanitize_tiny)))
 
 
 def tests(check: Check, limit: float) -> None:
@@ -182,17 +237,38 @@ def kernels(check: Check, limit: float, part: str, options: list[str], at_once: 
 
 
 def decode(check: Check, limit: float) -> None:
-    """The decode benchmark at 1.6B. The persistent arm can hang, so only after its own gate was green."""
+    """The decode benchmark at 1.6B. The persistent arm can hang, so only after its own gate was green, and the CUDA
+    engine's only after the tiny model; should they have broken the process before it timed anything, it runs again
+    without them."""
+    stop = time.monotonic() + limit
     gates = check.result["parts"].get("gates", {}).get("residual_frame", {"rows": []})
     names = DECODE_ARMS
     if gates["rows"] and not gates.get("not_run") and all(row["gate"] == "green" for row in gates["rows"]):
         names += ",persistent-bf16"
     else:
         check.red("decode: without the persistent arm, as the gate of residual_frame is not green")
-    decode_of(check, limit, "decode", names, "1,8,16")
+    with_cuda = f"{names},{CUDA_ARMS}" if check.cuda else names
+    decode_of(check, limit, "decode", with_cuda, "1,8,16", "--rounds", "3")
+    if with_cuda != names and not check.result["parts"]["decode"]["rows"]:
+        check.put("cuda", "decode", check.result["parts"]["decode"])
+        decode_of(check, max(1.0, stop - time.monotonic()), "decode", names, "1,8,16", "--rounds", "3")
 
 
-def decode_of(check: Check, limit: float, part: str, names: str, batches: str) -> None:
+def timeline(check: Check, limit: float) -> None:
+    """Which SM of the CUDA engine does what when, at 1.6B; the picture is beside the results."""
+    if not check.cuda:
+        return
+    path = check.folder / "timeline.json"
+    picture = check.out.with_name(f"{check.out.stem}-timeline.png")
+    words = [sys.executable, BENCHMARKS / "cuda_timeline.py", "--batch", "1,16", "--out", path, "--picture", picture]
+    code, output = check.run("timeline", words, limit)
+    check.result["parts"]["timeline"] = json_file.read(path) or {"end": output[-4000:]}
+    print(output[-6000:], flush=True)
+    if code != 0:
+        check.red(f"timeline: {_end(code, output)}")
+
+
+def decode_of(check: Check, limit: float, part: str, names: str, batches: str, *options: str) -> None:
     path = check.folder / f"{part}.json"
     check.result["parts"][part] = {"rows": []}
 
@@ -201,7 +277,17 @@ def decode_of(check: Check, limit: float, part: str, names: str, batches: str) -
             check.result["parts"][part] = found
             check.save()
 
-    words = [sys.executable, BENCHMARKS / "decode.py", "--device", "cuda", "--batch", batches, "--arms", names]
+    words = [
+        sys.executable,
+        BENCHMARKS / "decode.py",
+        "--device",
+        "cuda",
+        "--batch",
+        batches,
+        "--arms",
+        names,
+        *options,
+    ]
     code, output = check.run(part, [*words, "--out", path], limit, heard)
     print(output[-6000:], flush=True)
     if code != 0:
@@ -209,21 +295,35 @@ def decode_of(check: Check, limit: float, part: str, names: str, batches: str) -
 
 
 def sanitize(check: Check, limit: float, stem: str) -> None:
-    """A kernel's gates at small sizes under compute-sanitizer, without PyTorch's memory pool, which hides overruns."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        check.red("compute-sanitizer is not on PATH")
-        return
+    """A kernel's gates at small sizes under one tool of compute-sanitizer after another."""
     stop = time.monotonic() + limit
     for kind in SANITIZED:
         left = max(1.0, stop - time.monotonic())
-        words = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", kind, "--error-exitcode", "9"]
-        words += [sys.executable, BENCHMARKS / "kernel_times.py", "--small", "--gates", "--stem", stem]
-        code, output = check.run(kind, [*words, "--budget", left], left)  # killed before it would leave a case out
-        check.put("sanitizers", f"{kind} {stem}", {"exit": code, "end": output[-4000:] if code != 0 else ""})
-        print(f"{kind} {stem}: {'clean' if code == 0 else _end(code, output)}", flush=True)
-        if code != 0:
-            check.red(f"{kind}, {stem}: {_end(code, output)}")
+        words = [BENCHMARKS / "kernel_times.py", "--small", "--gates", "--stem", stem]
+        sanitized(check, kind, stem, [*words, "--budget", left], left)  # killed before it would leave a case out
+
+
+def sanitize_tiny(check: Check, limit: float) -> None:
+    """The tiny model on the CUDA engine under the tools of compute-sanitizer, all at once."""
+    if not check.cuda:
+        return
+    with ThreadPoolExecutor(len(TINY_SANITIZED)) as pool:
+        words = [BENCHMARKS / "cuda_tiny.py", "--short"]
+        list(pool.map(lambda kind: sanitized(check, kind, "cuda_tiny", words, limit), TINY_SANITIZED))
+
+
+def sanitized(check: Check, kind: str, name: str, words: list[object], limit: float) -> None:
+    """A Python program under a tool of compute-sanitizer, without PyTorch's memory pool, which hides overruns."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        check.red(f"{kind}, {name}: compute-sanitizer is not on PATH")
+        return
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", kind, "--error-exitcode", "9", sys.executable]
+    code, output = check.run(f"{kind}-{name}", [*command, *words], limit)
+    check.put("sanitizers", f"{kind} {name}", {"exit": code, "end": output[-4000:] if code != 0 else ""})
+    print(f"{kind} {name}: {'clean' if code == 0 else _end(code, output)}", flush=True)
+    if code != 0:
+        check.red(f"{kind}, {name}: {_end(code, output)}")
 
 
 def _end(code: int | None, output: str) -> str:
@@ -242,20 +342,23 @@ def about(device: str) -> dict[str, Any]:
     return json.loads(made.stdout) if made.returncode == 0 else {"error": _end(made.returncode, made.stderr)}
 
 
-def gpu_name() -> str:
-    """The GPU that torch sees. Ends the program, with one line, where there is none."""
+def find_gpu() -> tuple[str, str]:
+    """The GPU that torch sees, and the architecture that nvcc compiles for it, such as "90a". Ends the program, with
+    one line, where there is none."""
     script = (
-        "import torch as t; print(t.__version__, t.cuda.get_device_name() if t.cuda.is_available() else '', sep='|')"
+        "import torch as t; c = t.cuda; has = c.is_available(); "
+        "print(t.__version__, c.get_device_name() if has else '', *(c.get_device_capability() if has else ()), sep='|')"
     )
     made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    version, _, name = made.stdout.strip().partition("|")
+    version, name, *capability = [*made.stdout.strip().split("|"), ""][:4]
     if not name:
         found = (
             f"torch {version} of {sys.executable} sees no CUDA device" if version else f"{sys.executable} has no torch"
         )
         print(f"error: {found}: set PYTHON to one that has a GPU", file=sys.stderr)
         raise SystemExit(2)
-    return name
+    arch = "".join(capability)
+    return name, "90a" if arch == "90" else arch
 
 
 def main() -> None:
@@ -273,15 +376,22 @@ def main() -> None:
         parser.error("Triton's interpreter is slow: --device cpu needs --small")
     if options.device == "cpu" and options.sanitize:
         parser.error("compute-sanitizer is for a GPU: --sanitize excludes --device cpu")
-    name = gpu_name() if options.device == "cuda" else "interpreter"
+    name = "interpreter"
+    if options.device == "cuda":
+        name, arch = find_gpu()
+        os.environ["SIREN_CUDA_ARCHS"] = arch  # of what is built here, and so of what the tests expect in it
+        os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(TOOLKIT)))
     sizes = ["--device", options.device, *(["--small"] if options.small else [])]
     steps: list[tuple[str, float, Callable[[Check, float], None]]] = [  # with a weight for its share of the time
-        ("build", 6, build),
-        ("tests", 10, tests),
-        ("gates", 4, lambda check, limit: kernels(check, limit, "gates", [*sizes, "--gates"], at_once=len(STEMS))),
-        ("decode", 7, decode),
-        ("times", 6, lambda check, limit: kernels(check, limit, "times", sizes)),
-        ("decode-compile", 5, lambda check, limit: decode_of(check, limit, "decode-compile", COMPILE_ARMS, "1")),
+        ("build", 10, build),
+        ("microbench", 3, microbench),
+        ("tiny", 4, tiny),
+        ("tests", 10, tests_and_sanitizers),
+        ("gates", 3, lambda check, limit: kernels(check, limit, "gates", [*sizes, "--gates"], at_once=len(STEMS))),
+        ("decode", 11, decode),
+        ("timeline", 3, timeline),
+        ("times", 3, lambda check, limit: kernels(check, limit, "times", sizes)),
+        ("decode-compile", 3, lambda check, limit: decode_of(check, limit, "decode-compile", COMPILE_ARMS, "1")),
     ]
     if options.sanitize:
         steps = [("build", 1, build), ("sanitize", 4, lambda check, limit: sanitize(check, limit, options.sanitize))]

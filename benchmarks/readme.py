@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decode_report import table
+from decode_report import residual_table, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +42,8 @@ def decode_section() -> str:
         bandwidth = ", ".join(f"{value['median']:.1f} GB/s at batch {size}" for size, value in measured)
         when = f"{about['date'][:10]}, commit {about['commit']}"
         head = f"{about['preset']}, {machine}, {when}. {kind} bandwidth {bandwidth}. `{about['command']}`"
-        parts.append(f"{head}\n\n{table(result['rows'])}")
+        tables = [head, table(result["rows"]), residual_table(result.get("residual", []))]
+        parts.append("\n\n".join(part for part in tables if part))
     return "\n\n".join(parts)
 
 

@@ -3,13 +3,19 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define SIREN_BOTH __host__ __device__ __forceinline__
+#else
+#define SIREN_BOTH inline
+#endif
+
 namespace siren {
 
 struct Philox4 {
   uint32_t word[4];
 };
 
-inline Philox4 philox4x32(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+SIREN_BOTH Philox4 philox4x32(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;

@@ -25,7 +25,7 @@ from .sampling import SamplingSettings
 if TYPE_CHECKING:
     from types import ModuleType
 
-_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1}
 _EMBEDDING_PARTS = ("codebook.weight", "dac_out.weight", "dac_out.bias", "projector.weight", "projector.bias")
 
 
@@ -81,7 +81,7 @@ def check_memory(config: SirenConfig, weights: str) -> None:
     except (OSError, KeyError, ValueError):
         return
     if needed > free:
-        lighter = "" if weights == "int8" else "; weights='int8' need less"
+        lighter = "" if _BYTES[weights] == 1 else "; weights='int8' need less"
         sizes = f"need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
         raise BackendError(f"{weights} weights of this model {sizes}{lighter}")
 

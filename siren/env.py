@@ -44,6 +44,7 @@ def environment() -> dict[str, Any]:
         },
         "engine": _engine(),
         "triton": _triton(),
+        "cuda": _cuda(),
         "gpu": [
             "{0}, compute capability {1[0]}.{1[1]}".format(
                 torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
@@ -69,6 +70,8 @@ def report(values: dict[str, Any]) -> str:
         lines.append(f"C++ engine: not available: {engine['reason']}")
     triton = values["triton"]
     lines.append("Triton kernels: " + (f"on {triton['device']}" if triton["available"] else triton["reason"]))
+    cuda = values["cuda"]
+    lines.append("CUDA kernel: " + (f"on {cuda['device']}" if cuda["available"] else cuda["reason"]))
     lines.append(f'backend "auto": {auto["backend"] or "none"}: {auto["reason"]}')
     lines.append(f"GPU: {'; '.join(values['gpu']) or 'none that torch can use'}")
     lines.append(f"CUDA of torch: {values['cuda_of_torch'] or 'none'}; nvcc: {values['nvcc'] or 'not found'}")
@@ -123,6 +126,17 @@ def _triton() -> dict[str, Any]:
     except SirenError as error:
         return {"available": False, "reason": str(error)}
     return {"available": True, "device": f"{device}, in Triton's interpreter" if interpreted() else device}
+
+
+def _cuda() -> dict[str, Any]:
+    from .cuda_engine import machine
+    from .errors import SirenError
+
+    try:
+        found = machine()
+    except SirenError as error:
+        return {"available": False, "reason": str(error)}
+    return {"available": True, "device": f"{found.sms} SMs, {found.name}, {found.instructions}"}
 
 
 def _auto() -> dict[str, Any]:

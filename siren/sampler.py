@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Manifest, read_manifest
 from .config import SirenConfig
+from .cuda_engine import CudaDecoder
 from .engine import CpuDecoder, extension
 from .errors import BackendError, InputError
 from .reference import ReferenceDecoder
@@ -26,7 +27,7 @@ from .sampling import SamplingSettings, expand_seeds
 from .triton_engine import TritonDecoder
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-WEIGHTS = ("fp32", "bf16", "int8")
+WEIGHTS = ("fp32", "bf16", "int8", "fp8")
 
 Seeds = int | Sequence[int] | NDArray[np.integer] | Tensor
 Progress = Callable[[int, int], None]
@@ -105,9 +106,11 @@ class Sampler:
 
     `model` is a siren.Siren (its weights are copied: later changes are not seen) or a Manifest. `backend`: "auto",
     "reference" (plain PyTorch, on the model's device), "cpu" (the C++ engine), "triton" (kernels on a GPU, or with
-    TRITON_INTERPRET=1 in Triton's interpreter; prompts and codes stay on the CPU). `weights`: "fp32", "bf16" or "int8"
-    (per output channel, weights only). `threads` of the C++ engine; None: the physical cores this process may use.
-    Raises BackendError for a backend that cannot run here, InputError for other arguments.
+    TRITON_INTERPRET=1 in Triton's interpreter) or "cuda" (one persistent kernel on a GPU, or with SIREN_CUDA_EMULATE=1
+    its emulator on the CPU; at most 32 sequences, with guidance 16); prompts and codes stay on the CPU. `weights`:
+    "fp32" (not "cuda"), "bf16", "int8" or "fp8" ("cuda" alone; e4m3; both with a scale for each output channel, weights
+    only). `threads` of the C++ engine; None: the physical cores this process may use. Raises BackendError for a
+    backend that cannot run here, InputError for other arguments.
     """
 
     def __init__(
@@ -178,7 +181,7 @@ class ResidualSampler:
         self, model: Model | Manifest, backend: str = "auto", weights: str = "bf16", threads: int | None = None
     ) -> None:
         self.config = model.config
-        self._decoder, self._choice = _build(model, backend, weights, threads, persistent=True)
+        self._decoder, self._choice = _build(model, backend, weights, threads, residual=True)
 
     def describe(self) -> dict[str, Any]:
         """As `Sampler.describe`."""
@@ -220,7 +223,7 @@ class ResidualSampler:
 
 
 def _build(
-    source: Model | Manifest, backend: str, weights: str, threads: int | None, persistent: bool = False
+    source: Model | Manifest, backend: str, weights: str, threads: int | None, residual: bool = False
 ) -> tuple[Any, dict[str, str]]:
     """A decoder and what `describe` adds: the backend that was asked for and the reason for the one that runs."""
     if backend not in BACKENDS:
@@ -229,14 +232,12 @@ def _build(
         raise InputError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}")
     if threads is not None:
         threads = _whole("threads", threads, 1, 1024)
-    if backend == "cuda":
-        raise BackendError(
-            "backend 'cuda' is not available in this version; use 'auto', 'cpu', 'triton' or 'reference'"
-        )
+    if backend != "cuda" and weights == "fp8":
+        raise BackendError(f"weights 'fp8' are for backend 'cuda'; {backend!r} has 'fp32', 'bf16' and 'int8'")
     device = torch.device("cpu") if isinstance(source, Manifest) else next(source.experts.parameters()).device
     chosen, reason = backend, "asked for by name"
     if backend == "auto" and device.type != "cpu":
-        reason = "and no GPU has run 'triton' yet, so it is used only where asked for by name"
+        reason = "and no GPU has run 'triton' or 'cuda' yet, so they are used only where asked for by name"
         chosen, reason = "reference", f"the model is on {device}, {reason}"
     elif backend == "auto":
         try:
@@ -249,14 +250,18 @@ def _build(
         if isinstance(source, Manifest):
             return CpuDecoder.from_folder(source, weights, threads), note
         return CpuDecoder(source.config, _states(source), weights, threads), note
-    if threads is not None and chosen == "triton":
-        raise InputError("threads are the C++ engine's: leave them out with backend 'triton'")
+    if threads is not None and chosen in ("triton", "cuda"):
+        raise InputError(f"threads are the C++ engine's: leave them out with backend {chosen!r}")
     if threads is not None:
         raise InputError("the reference backend runs on PyTorch's threads: leave threads, call torch.set_num_threads")
     if chosen == "triton":
         if isinstance(source, Manifest):
-            return TritonDecoder.from_folder(source, weights, persistent), note
-        return TritonDecoder(source.config, _states(source), weights, device, persistent), note
+            return TritonDecoder.from_folder(source, weights, persistent=residual), note
+        return TritonDecoder(source.config, _states(source), weights, device, persistent=residual), note
+    if chosen == "cuda":
+        if isinstance(source, Manifest):
+            return CudaDecoder.from_folder(source, weights, residual), note
+        return CudaDecoder(source.config, _states(source), weights, device, residual), note
     if isinstance(source, Manifest):
         return ReferenceDecoder.from_folder(source, weights), note
     return ReferenceDecoder(source.config, _states(source), weights, device), note

@@ -6,13 +6,15 @@ Where a GPU is needed to go on, its events and copies are replaced. No figure is
 from __future__ import annotations
 
 import argparse
-import importlib
+import dataclasses
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ from siren.sampling import SamplingSettings
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SEEDS = np.array([3, 1 << 50, 4], dtype=np.uint64)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+emulated = pytest.mark.skipif(
+    importlib.util.find_spec("siren._emulator") is None, reason="the emulator of the CUDA engine is not built"
+)
 
 
 @pytest.fixture
@@ -123,6 +128,87 @@ def test_decode_gate(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             gate.check("graph-bf16")
 
 
+@emulated
+def test_gate_of_the_cuda_engine(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Green for its frames and for its residual decoders alone, in each type of weights; red for a residual() that
+    reports wrong log-probabilities or draws others than the best."""
+    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
+    monkeypatch.setattr(load("arms"), "GATE_FRAMES", 2)
+    engine = load("siren.cuda_engine")
+    gate = load("gpu_arms").Gate(siren.SirenConfig.preset("tiny"), "cpu")
+    for weights in ("bf16", "int8"):
+        assert gate.check(f"cuda-{weights}").startswith(f"cuda-{weights}: logits ")
+        assert gate.check(f"cuda-{weights}", residual=True).startswith(f"cuda-{weights}: logits ")
+    residual = engine.CudaDecoder.residual
+
+    def reports_less(self: Any, *given: Any) -> Any:
+        codes, logprobs, inputs = residual(self, *given)
+        return codes, logprobs - 1, inputs
+
+    def draws_another(self: Any, *given: Any) -> Any:
+        codes, logprobs, inputs = residual(self, *given)
+        return codes ^ 1, logprobs, inputs
+
+    for fault in (reports_less, draws_another):
+        gate.residual_errors.cache_clear()
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="cuda-bf16: logits"):
+            patch.setattr(engine.CudaDecoder, "residual", fault)
+            gate.check("cuda-bf16", residual=True)
+
+
+@emulated
+def test_the_tiny_model_runs_on_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
+    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
+    made = run(FOLDER / "cuda_tiny.py", "--short")
+    assert made.returncode == 0, made.stderr
+    assert [line.split(":")[0] for line in made.stdout.splitlines()[1:]] == ["bf16, guidance 1", "bf16, guidance 3"]
+
+
+@emulated
+def test_timeline_of_the_emulator(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every instruction of the frame is in it once, after what it waited for; the picture is drawn."""
+    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
+    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "3")
+    timeline, arms = load("cuda_timeline"), load("arms")
+    config = dataclasses.replace(siren.SirenConfig.preset("tiny"), spatial_layers=1)
+    decoder = timeline.CudaDecoder(config, arms.random_experts(config, 0))
+    program, notes = timeline.traced(decoder, 1, 2)
+    at = timeline.spans(program, notes)
+    assert len(at["sm"]) == len(program.instructions)
+    assert ((at["began"] <= at["waited"]) & (at["waited"] <= at["done"])).all()
+    frame = timeline.summarise(program, notes)
+    assert 0 < frame["work_share"] + frame["wait_share"] <= 1
+    assert sum(row["instructions"] for row in frame["kinds"].values()) == len(program.instructions)
+    assert list(frame["phases_us"]) == ["backbones", *(f"codebook {j}" for j in range(config.num_codebooks))]
+    pytest.importorskip("matplotlib")
+    timeline.draw_picture(program, notes, "tiny", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_timeline_sums(load: Any) -> None:
+    """Work, waits and busy shares of a frame whose notes are known; what did not run counts nowhere."""
+    timeline = load("cuda_timeline")
+    operations = [
+        SimpleNamespace(kind="noise", name="noise", matrix=None, fields={}),
+        SimpleNamespace(kind="enter", name="expert 0 codebook 0 enter", matrix=None, fields={"source": 1}),
+        SimpleNamespace(kind="draw", name="expert 0 codebook 0 draw", matrix=None, fields={}),
+    ]
+    instructions = np.zeros((5, 32), dtype=np.int32)
+    instructions[:, 1] = [0, 1, 2, 0, 1]
+    program = SimpleNamespace(operations=operations, instructions=instructions, starts=np.array([0, 3, 5]))
+    notes = np.array([[1000, 2000], [2500, 4000], [-1, -1], [1000, 1500], [4500, 6000]]) + 10**18
+    notes[2] = -1
+    found = timeline.summarise(program, notes)
+    assert (found["frame_us"], found["instructions"], found["clock_step_ns"]) == (5, 4, 500)
+    assert (found["work_share"], found["wait_share"]) == (pytest.approx(0.45), pytest.approx(0.35))
+    assert found["kinds"]["decoder enter"] == {
+        "instructions": 2, "work_us": 3, "wait_us": 3.5, "work_share": 0.3, "wait_share": 0.35
+    }  # fmt: skip
+    assert found["phases_us"] == {"backbones": [0, 1], "codebook 0": [1.5, 5]}
+    assert found["busy_share_of_sm"] == [0.5, 0.4]
+
+
 class Probe:
     """Stands for gpu_timing.CopyProbe."""
 
@@ -148,12 +234,16 @@ def test_decode_rows(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setitem(sys.modules, "siren.triton_engine", None)
     names, out = ["naive-bf16", "graph-bf16", "triton-bf16"], tmp_path / "decode.json"
     config = siren.SirenConfig.preset("tiny")
-    with pytest.raises(siren.SamplingError, match="the gate is red for triton-bf16: not timed"):
+    with pytest.raises(siren.SamplingError, match=r"red for triton-bf16, residual\(\) of triton-bf16: not timed"):
         gpu_decode.compare(config, "cpu", {"preset": "tiny", "command": "c"}, names, [1, 2], 4, 3, 5, out, None)
     result = json.loads(out.read_text())
     assert [(row["batch"], row["arm"]) for row in result["rows"]] == [(b, a) for b in (1, 2) for a in names[:2]]
-    assert all(row["frames"] == [4, 16] and row["ms"] > 0 for row in result["rows"])
+    frames = {"naive-bf16": [1, 4], "graph-bf16": [4, 16]}  # the naive arm gets a fifth, but not less than one
+    assert all(row["frames"] == frames[row["arm"]] and row["ms"] > 0 for row in result["rows"])
     assert result["rows"][0]["ratio_to_naive_bf16"] == 1
+    assert [(row["arm"], row["batch"]) for row in result["residual"]] == [("naive-bf16", 1), ("naive-bf16", 2)]
+    row = result["residual"][1]
+    assert row["share_of_bandwidth"] == pytest.approx(row["gb_moved"] / (row["us"] / 1e6 * 4000))
     assert result["copy_gb_per_s"]["2"] == {"median": 4000, "all": [4000] * 8}
     row = result["rows"][1]
     assert row["share_of_bandwidth"] == pytest.approx(row["gb_moved"] / (row["ms"] / 1e3 * 4000))
@@ -165,6 +255,7 @@ def test_decode_rows(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     section = readme.decode_section()
     assert section.startswith("tiny, a GPU, SM at 1980 MHz, driver 1, torch 2, triton 3, 2026-01-01, commit c. Copy ")
     assert section.count("\n| graph-bf16 |") == 2
+    assert section.count("\n| naive-bf16 |") == 4 and "\n\n| residual() | batch |" in section
     del result["about"]["clocks_after"]
     saved.write_text(json.dumps({"parts": {"decode-compile": result}}))
     assert "SM at unknown" in readme.decode_section()
@@ -383,7 +474,74 @@ def test_sanitizers_that_do_not_finish_are_red(
     assert check.result["red"] == ["racecheck, rvq_embed: not done in time: no output"]
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
     gpu_check.sanitize(check, 3, "rvq_embed")
-    assert check.result["red"][1:] == ["compute-sanitizer is not on PATH"]
+    missing = [f"{kind}, rvq_embed: compute-sanitizer is not on PATH" for kind in ("memcheck", "racecheck")]
+    assert check.result["red"][1:] == missing
+    gpu_check.sanitize_tiny(check, 3)  # the engine did not run: nothing to watch
+    assert check.result["red"][1:] == missing
+    check.cuda = True
+    gpu_check.sanitize_tiny(check, 3)
+    assert {line.split(",")[0] for line in check.result["red"][3:]} == {"memcheck", "racecheck", "synccheck"}
+
+
+def test_a_build_without_the_cuda_engine_is_red_and_goes_on(
+    load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu_check = load("gpu_check")
+    (tmp_path / "setup.py").write_text(
+        "import os\nraise SystemExit('error: no' if os.environ['SIREN_CUDA'] > '0' else 0)"
+    )
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "LIBRARY", tmp_path / "lib")
+    gpu_check.build(check, 30)
+    assert check.result["parts"]["build"] == {"exit": 0, "cuda": False}
+    assert check.result["red"] == ["build with SIREN_CUDA=1: exit code 1: error: no"]
+
+
+def test_microbench_is_compiled_for_this_gpu_and_read(
+    load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its rows are kept; a pattern that was stuck is red, and so is a program that ends before its JSON does."""
+    gpu_check, nvcc = load("gpu_check"), tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    monkeypatch.setenv("PATH", str(nvcc.parent), prepend=os.pathsep)
+    monkeypatch.setenv("SIREN_CUDA_ARCHS", "90a")
+    result = {"copy_gb_per_s": 4000, "exchange": [{"how": "counter", "ns": 900}, {"how": "data", "fault": "stuck"}]}
+    for text, code in ((json.dumps(result), 3), ('{"copy_gb', 1)):
+        program = f"#!/bin/sh\necho '{text}'\nexit {code}\n"
+        nvcc.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words\ncat >"$5" <<"END"\n{program}END\nchmod +x "$5"\n')
+        nvcc.chmod(0o755)
+        gpu_check.microbench(check, 20)
+        assert "-gencode=arch=compute_90a,code=sm_90a" in (tmp_path / "words").read_text()
+        found = check.result["parts"]["microbench"]
+        assert found == {"exit": code, **(result if code == 3 else {"end": '{"copy_gb\n'})}
+    assert check.result["red"] == ["microbench: stuck", 'microbench: exit code 1: {"copy_gb']
+
+
+STANDS_FOR_DECODE = """
+import json, pathlib, sys
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "cuda" in words["--arms"]:
+    raise SystemExit("error: an illegal memory access")
+pathlib.Path(words["--out"]).write_text(json.dumps({"rows": [words["--arms"]]}))
+"""
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_broken_cuda_engine_leaves_the_other_arms_their_times(
+    load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runs: bool
+) -> None:
+    """Whether the tiny model fails, or does not and its arms break the process that times all of them."""
+    gpu_check = load("gpu_check")
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", tmp_path)
+    (tmp_path / "cuda_tiny.py").write_text(f"raise SystemExit({0 if runs else 1})")
+    (tmp_path / "decode.py").write_text(STANDS_FOR_DECODE)
+    (tmp_path / "cuda_timeline.py").write_text("raise SystemExit('error: no')")
+    check.result["parts"]["gates"] = {"residual_frame": {"rows": [{"gate": "green"}]}}
+    for step in (gpu_check.tiny, gpu_check.decode, gpu_check.timeline):
+        step(check, 30)
+    assert check.result["parts"]["decode"]["rows"] == [f"{gpu_check.DECODE_ARMS},persistent-bf16"]
+    named = [line.split(":")[0] for line in check.result["red"]]
+    assert named == (["decode", "timeline"] if runs else ["cuda_tiny.py"])
 
 
 def test_check_in_the_interpreter(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TORCH = (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10")  # names of its libraries and of its C++
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,18 +35,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     made = run(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", info, "sdist", "--dist-dir", folder)
     assert made.returncode == 0, made.stderr
     source = next(folder.glob("siren-*.tar.gz"))
-    made = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    words = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    made = run(*words, SIREN_CUDA="0")
     assert made.returncode == 0, made.stdout + made.stderr
     return source, next(folder.glob("siren-*.whl"))
 
 
 @pytest.mark.slow
 def test_the_archive_and_the_wheel_are_complete(built: tuple[Path, Path]) -> None:
-    """Every source is in the archive; every module, the kernels, the extension and the type marker are in the wheel."""
+    """Every source is in the archive; every module, the kernels, the extensions and the types are in the wheel."""
     source, wheel = built
     with tarfile.open(source) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    for pattern in ("siren/*.py", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.cpp", "tests/*.py", "LICENSE", "README.md"):
+    for pattern in ("siren/*.py", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.c*", "tests/*.*", "LICENSE", "README.md"):
         wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
         assert wanted
         assert wanted <= packed, pattern
@@ -53,8 +55,10 @@ def test_the_archive_and_the_wheel_are_complete(built: tuple[Path, Path]) -> Non
         names = set(archive.namelist())
     modules = {f"siren/{path.name}" for path in (ROOT / "siren").glob("*.py")}
     modules |= {f"siren/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert modules | {"siren/py.typed"} <= names
-    assert [name for name in names if re.fullmatch(r"siren/_cpu\..*\.(so|pyd)", name)]
+    types = {f"siren/{path.name}" for path in (ROOT / "siren").glob("*.pyi")}
+    assert modules | types | {"siren/py.typed"} <= names
+    for extension, count in (("_cpu", 1), ("_emulator", 1), ("_cuda", 0)):  # SIREN_CUDA=0
+        assert len([name for name in names if re.fullmatch(rf"siren/{extension}\..*\.(so|pyd)", name)]) == count
     assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "siren/tests"))]
 
 
@@ -98,14 +102,24 @@ def test_the_wheel_runs_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_extension_links_no_torch(built: tuple[Path, Path]) -> None:
-    """Nothing of torch is named in the extension, so no version of torch can break it."""
+@pytest.mark.parametrize("name", ["_cpu", "_emulator"])
+def test_the_extensions_link_no_torch(built: tuple[Path, Path], name: str) -> None:
+    """Nothing of torch is named in an extension, so no version of torch can break it."""
     with zipfile.ZipFile(built[1]) as archive:
-        name = next(name for name in archive.namelist() if name.startswith("siren/_cpu."))
-        content = archive.read(name)
-    assert b"PyInit__cpu" in content
-    for word in (b"libtorch", b"libc10", b"_ZN2at", b"_ZN3c10"):
+        content = archive.read(next(path for path in archive.namelist() if path.startswith(f"siren/{name}.")))
+    assert f"PyInit_{name}".encode() in content
+    for word in TORCH:
         assert word not in content
+
+
+def test_the_cuda_extension_links_neither_torch_nor_a_cuda_runtime() -> None:
+    """CUDA's runtime is inside, so the one that torch brings does not matter; errors are CUDA's own words."""
+    extension = pytest.importorskip("siren._cuda", reason="nvcc was not there when siren was built")
+    content = Path(extension.__file__).read_bytes()
+    for word in (*TORCH, b"libcudart.so"):
+        assert word not in content
+    with pytest.raises(RuntimeError, match=r"CUDA driver|invalid device|no CUDA-capable"):
+        extension.properties(999)
 
 
 def test_building_needs_no_torch() -> None:
@@ -118,22 +132,37 @@ def test_building_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("environment", "message"),
     [
-        ("CXX", "no-such-compiler", "CXX=no-such-compiler was not found"),
-        ("SIREN_CUDA", "1", "SIREN_CUDA=1, but"),
-        ("SIREN_CUDA", "maybe", "SIREN_CUDA must be 0 or 1"),
-        ("SIREN_SANITIZE", "everything", "SIREN_SANITIZE must be"),
+        ({"CXX": "no-such-compiler"}, "CXX=no-such-compiler was not found"),
+        ({"SIREN_CUDA": "1", "CUDA_HOME": "/no/such"}, "SIREN_CUDA=1, but nvcc was not found in bin of CUDA_HOME"),
+        ({"SIREN_CUDA": "maybe"}, "SIREN_CUDA must be 0 or 1"),
+        ({"SIREN_CUDA_ARCHS": "sm_90"}, "SIREN_CUDA_ARCHS must be like '80,90a,120', not 'sm_90'"),
+        ({"SIREN_SANITIZE": "everything"}, "SIREN_SANITIZE must be"),
     ],
 )
-def test_a_build_that_cannot_be_says_why_in_one_line(tmp_path: Path, name: str, value: str, message: str) -> None:
+def test_a_build_that_cannot_be_says_why_in_one_line(tmp_path: Path, environment: dict[str, str], message: str) -> None:
     pytest.importorskip("pybind11")
+    assert message in error_of_build(tmp_path, environment)
+
+
+def test_a_target_that_nvcc_does_not_know(tmp_path: Path) -> None:
+    """What was asked for is built or refused, with what could be had; targets of the default list are left out."""
+    pytest.importorskip("pybind11")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho compute_80\necho compute_90\n")
+    nvcc.chmod(0o755)
+    environment = {"CUDA_HOME": str(tmp_path), "SIREN_CUDA_ARCHS": "90a,120"}
+    assert "does not know 120 of SIREN_CUDA_ARCHS: it knows 80,90" in error_of_build(tmp_path, environment)
+
+
+def error_of_build(folder: Path, environment: dict[str, str]) -> str:
     made = run(
-        sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path, "--build-lib", tmp_path / "lib",
-        **{name: value},
-    )  # fmt: skip
+        sys.executable, "setup.py", "-q", "build", "--build-base", folder, "--build-lib", folder / "lib", **environment
+    )
     assert made.returncode != 0
     lines = [line for line in made.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert message in lines[0]
     assert "Traceback" not in made.stderr
+    return lines[0]

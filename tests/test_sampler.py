@@ -280,9 +280,12 @@ def test_auto_says_what_it_picked(model, monkeypatch):
         Sampler(model, backend="cpu")
 
 
-def test_backends_of_later_versions(model):
-    with pytest.raises(BackendError, match="'cuda' is not available in this version; use 'auto', 'cpu', 'triton'"):
-        Sampler(model, backend="cuda")
+def test_weights_that_a_backend_does_not_have(model):
+    for backend in ("auto", "cpu", "reference", "triton"):
+        with pytest.raises(BackendError, match=f"'fp8' are for backend 'cuda'; '{backend}' has 'fp32', 'bf16' and"):
+            Sampler(model, backend=backend, weights="fp8")
+    with pytest.raises(BackendError, match="'cuda' has weights 'bf16', 'int8', 'fp8', not 'fp32'"):
+        Sampler(model, backend="cuda", weights="fp32")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +293,7 @@ def test_backends_of_later_versions(model):
     [
         ({"backend": "gpu"}, "backend must be one of auto, reference, cpu, triton, cuda, not 'gpu'"),
         ({"backend": None}, "backend must be one of"),
-        ({"weights": "fp8"}, "weights must be one of fp32, bf16, int8, not 'fp8'"),
+        ({"weights": "fp4"}, "weights must be one of fp32, bf16, int8, fp8, not 'fp4'"),
         ({"threads": 0}, "threads must be from 1"),
         ({"threads": 2.0}, "threads must be a whole number"),
         ({"threads": True}, "threads must be a whole number"),

@@ -1,0 +1,125 @@
+// Launches of the persistent kernel on a GPU: one block a multiprocessor, all resident or none.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "decode.h"
+#include "launch.h"
+
+namespace siren::cuda {
+namespace {
+
+__global__ __launch_bounds__(kThreads, 1) void siren_decode(const __grid_constant__ Arguments args) { decode(args); }
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "reading the GPU's properties");
+  return value;
+}
+
+// The caller's current device is the caller's again afterwards.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_), "asking for the current GPU");
+    check(cudaSetDevice(device), "switching to the GPU");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+enum HostWord { kFramesDone, kCancel, kAbort, kAbortSm, kAbortOperation, kAbortFrame, kHostWords };
+
+}  // namespace
+
+struct Launch {
+  int device = 0, frames = 0;
+  cudaStream_t stream = nullptr;
+  cudaEvent_t ended = nullptr;
+  uint32_t* words = nullptr;  // on the device: progress, then control
+  int32_t* host = nullptr;    // pinned, the same address on both sides
+
+  ~Launch() {
+    if (ended) cudaEventDestroy(ended);
+    if (words) cudaFreeAsync(words, stream);
+    if (host) cudaFreeHost(host);
+  }
+};
+
+Properties properties(int device) {
+  cudaDeviceProp found;
+  check(cudaGetDeviceProperties(&found, device), "reading the GPU's properties");
+  return {found.multiProcessorCount, static_cast<int>(found.sharedMemPerBlockOptin), found.major, found.minor, found.name};
+}
+
+Launch* launch(const Arguments& given, void* stream, int device) {
+  const OnDevice on(device);
+  Arguments args = given;
+  if (args.sms > attribute(cudaDevAttrMultiProcessorCount, device))
+    throw std::runtime_error("the program is for more multiprocessors than this GPU has");
+  args.stages = ring_stages(args, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  if (args.stages < 2) throw std::runtime_error("this GPU's shared memory is too small for so many rows: use a smaller batch");
+
+  auto own = std::make_unique<Launch>();
+  own->device = device;
+  own->frames = args.frames;
+  own->stream = static_cast<cudaStream_t>(stream);
+  check(cudaEventCreateWithFlags(&own->ended, cudaEventDisableTiming), "creating an event");
+  check(cudaHostAlloc(reinterpret_cast<void**>(&own->host), kHostWords * sizeof(int32_t), cudaHostAllocMapped), "allocating pinned memory");
+  std::fill_n(own->host, static_cast<int>(kHostWords), 0);
+
+  std::vector<uint32_t> first(args.sms + 2, static_cast<uint32_t>(args.first_operation));
+  first[args.sms] = static_cast<uint32_t>(args.frames);
+  first[args.sms + 1] = 0;
+  const size_t bytes = first.size() * sizeof(uint32_t);
+  check(cudaMallocAsync(reinterpret_cast<void**>(&own->words), bytes, own->stream), "allocating memory");
+  // Pageable memory is copied out before the call returns, so `first` may go.
+  check(cudaMemcpyAsync(own->words, first.data(), bytes, cudaMemcpyHostToDevice, own->stream), "copying to the GPU");
+  args.progress = own->words;
+  args.control = reinterpret_cast<int32_t*>(own->words + args.sms);
+  check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&args.host), own->host, 0), "mapping pinned memory");
+
+  const void* kernel = reinterpret_cast<const void*>(&siren_decode);
+  args.layout = shared_layout(args);
+  const int shared = args.layout.bytes;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "asking for shared memory");
+  void* parameters[] = {&args};
+  // Cooperative: refused unless every block is resident, so no block waits for one that cannot start.
+  check(cudaLaunchCooperativeKernel(kernel, dim3(args.sms), dim3(kThreads), parameters, shared, own->stream), "launching the kernel");
+  check(cudaEventRecord(own->ended, own->stream), "recording an event");
+  return own.release();
+}
+
+bool finished(Launch* launch) { return cudaEventQuery(launch->ended) != cudaErrorNotReady; }
+
+int frames_done(Launch* launch) {
+  if (cudaEventQuery(launch->ended) == cudaSuccess && *static_cast<volatile int32_t*>(launch->host + kCancel) == 0 &&
+      launch->host[kAbort] == 0)
+    return launch->frames;
+  return *static_cast<volatile int32_t*>(launch->host + kFramesDone);
+}
+
+void cancel(Launch* launch) { *static_cast<volatile int32_t*>(launch->host + kCancel) = 1; }
+
+void finish(Launch* launch) {
+  const std::unique_ptr<Launch> own(launch);
+  const OnDevice on(own->device);
+  check(cudaEventSynchronize(own->ended), "running the kernel");
+  const int32_t* host = own->host;
+  if (host[kAbort] != 0)
+    throw std::runtime_error("operation " + std::to_string(host[kAbortOperation]) + " on SM " + std::to_string(host[kAbortSm]) +
+                             " of frame " + std::to_string(host[kAbortFrame]) + " waited for too long");
+}
+
+}  // namespace siren::cuda

@@ -1,0 +1,94 @@
+// Where everything lies in a block's shared memory, and what a block knows while it runs.
+#pragma once
+
+#include "primitives.h"
+#include "program.h"
+
+namespace siren::cuda {
+
+#ifdef __CUDACC__
+#define SIREN_CUDA_BOTH __host__ __device__ inline
+#else
+#define SIREN_CUDA_BOTH inline
+#endif
+
+SIREN_CUDA_BOTH int fragment_bytes(int format) { return format == static_cast<int>(Format::bf16) ? 2 * kFragment : kFragment; }
+
+// Said by one thread, read by all of the block.
+struct Flags {
+  volatile int alive;    // 0: a worker's wait took too long, here or on another SM
+  volatile int stop;     // the frame after the last one: nothing more to stream
+  int begin, end;        // this SM's instructions; here because registers are scarce
+  volatile float value[kWarps];  // results of a reduction, a warp each
+  volatile double sum[kWarps];
+  volatile int index[kWarps];
+};
+
+SIREN_CUDA_BOTH int most(int a, int b) { return a > b ? a : b; }
+SIREN_CUDA_BOTH int least(int a, int b) { return a < b ? a : b; }
+
+SIREN_CUDA_BOTH Layout shared_layout(const Arguments& args) {
+  Layout l;
+  l.ring = 0;
+  l.staged = args.stages * kStageFragments * fragment_bytes(args.format);
+  // Scratch: a draw's scaled logits and weights; the warps' parts of an attention, for two items.
+  const int draw = 8 * args.codes_per_codebook, attention = 8 * kWarps * (args.head_dim + 2);
+  l.partial = l.staged + (most(args.staged_bytes, most(draw, attention)) + 127) / 128 * 128;
+  l.sums = l.partial + 4 * kWarps * kBlockTiles * 64;
+  l.squares = l.sums + 4 * kMaxRows / 8 * kBlockTiles * 64;
+  l.full = l.squares + 4 * kMaxRows * kWarps;
+  l.empty = l.full + 8 * args.stages;
+  l.instructions = (l.empty + 8 * args.stages + 127) / 128 * 128;
+  l.flags = l.instructions + 2 * static_cast<int>(sizeof(Instruction));
+  l.bytes = l.flags + static_cast<int>(sizeof(Flags));
+  return l;
+}
+
+// Stages of the ring that fit; less than 2 means that the activations leave no room.
+SIREN_CUDA_BOTH int ring_stages(Arguments args, int shared_limit) {
+  args.stages = 0;
+  const int left = shared_limit - shared_layout(args).bytes - 128;  // alignment of what follows the barriers
+  return least(32, left / (kStageFragments * fragment_bytes(args.format) + 16));
+}
+
+// What a block's threads pass around.
+struct Block {
+  const Arguments& args;
+  uint8_t* const shared;
+  int frame;  // of the launch
+
+  SIREN_DEVICE Flags& flags() const { return *reinterpret_cast<Flags*>(shared + args.layout.flags); }
+  SIREN_DEVICE uint16_t* staged() const { return reinterpret_cast<uint16_t*>(shared + args.layout.staged); }
+  SIREN_DEVICE float* scratch() const { return reinterpret_cast<float*>(shared + args.layout.staged); }
+  SIREN_DEVICE float* partial() const { return reinterpret_cast<float*>(shared + args.layout.partial); }
+  SIREN_DEVICE float* sums() const { return reinterpret_cast<float*>(shared + args.layout.sums); }
+  SIREN_DEVICE float* squares() const { return reinterpret_cast<float*>(shared + args.layout.squares); }
+  SIREN_DEVICE int time() const { return args.first_frame + frame; }  // frames of the session before this one
+};
+
+// Polls until `ready`, at most spin_limit times; then the launch is over, for every SM, with an error.
+template <class Ready>
+SIREN_DEVICE bool wait_until(const Block& b, int operation, Ready ready) {
+  for (int spins = 0; !ready(); ++spins) {
+    relax();
+    if (spins % 64 != 63) continue;
+    if (b.flags().alive && load_relaxed(b.args.control + 1) == 0 && spins < b.args.spin_limit) continue;
+    if (b.flags().alive && set_first(b.args.control + 1, 1)) {
+      store_host(b.args.host + 3, block());
+      store_host(b.args.host + 4, operation);
+      store_host(b.args.host + 5, b.frame);
+      store_host(b.args.host + 2, 1);
+    }
+    return false;
+  }
+  return true;
+}
+
+// The workers' form. They look at `alive` right behind a barrier, with another one before the next wait, so that all
+// see the same; the streaming warp must not change it meanwhile.
+template <class Ready>
+SIREN_DEVICE void work_when(const Block& b, int operation, Ready ready) {
+  if (!wait_until(b, operation, ready)) b.flags().alive = 0;
+}
+
+}  // namespace siren::cuda

@@ -1,0 +1,309 @@
+"""Sequences being decoded by the persistent CUDA kernel: all frames of a step are one launch.
+
+The kernel writes codes and log-probabilities of a frame into the host's memory and then says that the frame is done.
+The host looks every now and then; a frame counts once the host has seen it and it is sound. Whatever stops the host
+before that (an error, Ctrl-C, a callback that raises) cancels the launch and waits for its end. The kernel may then be
+ahead of the frames that count: the next launch puts back the little that a frame leaves to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .cuda_weights import CudaWeights, Plan
+from .errors import BackendError, InputError
+from .reference import distinct_prompts
+from .sampling import SamplingSettings, check_drawn
+
+_FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
+_MOST_FRAMES = 4096  # of a launch
+_MOST_EPOCHS = 1 << 31  # frames times operations, which the kernel counts in 32 bits
+_PATIENCE = 50  # milliseconds between two looks at a launch, and so until Ctrl-C is noticed
+
+
+class Handle(Protocol):
+    """A launch, as siren._cuda and siren._emulator give it."""
+
+    @property
+    def finished(self) -> bool: ...
+    def wait(self, seen: int, milliseconds: int) -> int: ...
+    def cancel(self) -> None: ...
+    def result(self) -> None: ...
+
+
+Launcher = Callable[[dict[str, Any]], Handle]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches inside go to this GPU; nothing on the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of the host that the device can write to."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def follow(handle: Handle, frames: int, collect: Callable[[int], None]) -> None:
+    """Wait for a launch of `frames` frames, with collect(frame) for each in order, as they are done.
+
+    However this ends, the launch has ended too. Raises BackendError for what went wrong on the device.
+    """
+    try:
+        seen = 0
+        while seen < frames:
+            ended = handle.finished  # before the look: frames that are done after it are in the look
+            done = handle.wait(seen, _PATIENCE)
+            for frame in range(seen, done):
+                collect(frame)
+            seen = done
+            if ended:
+                break
+        _check(handle)
+        if seen < frames:
+            raise BackendError(f"backend 'cuda': the launch ended after {seen} of {frames} frames")
+    except BaseException:
+        _end(handle)
+        raise
+
+
+def _check(handle: Handle) -> None:
+    try:
+        handle.result()
+    except RuntimeError as error:
+        raise BackendError(f"backend 'cuda': {error}") from error
+
+
+def _end(handle: Handle) -> None:
+    """Wait until a launch that is no longer wanted uses no memory any more, also when Ctrl-C comes again."""
+    try:
+        handle.cancel()
+        while not handle.finished:
+            handle.wait(_MOST_FRAMES, _PATIENCE)
+    except KeyboardInterrupt:
+        _end(handle)
+        raise
+
+
+@contextlib.contextmanager
+def memory(what: str) -> Iterator[None]:
+    """Turns PyTorch's error into one that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"not enough memory on the device for {what}: use fewer sequences or frames") from error
+
+
+class CudaState:
+    """Sequences being decoded. Calls from several threads take turns."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        weights: CudaWeights,
+        launch: Launcher,
+        prompt: Tensor,
+        prompt_mask: Tensor,
+        seeds: NDArray[np.uint64],
+        settings: SamplingSettings,
+    ) -> None:
+        config, device = weights.config, weights.device
+        self.weights, self.settings, self._launch = weights, settings, launch
+        self.batch, self.frame, self.capacity = len(seeds), 0, 0
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
+        tokens, mask, index = distinct_prompts(prompt, prompt_mask, settings.guided)
+        with memory(f"{self.batch} sequences"), on_device(device):
+            self._plan = weights.plan(self.batch, settings.guided)
+            prompts = [row[valid].to(device) for row, valid in zip(tokens, mask, strict=True)]
+            self._prompt_keys, self._prompt_values = weights.prompt_cache(prompts)
+            self._prompt_length = torch.tensor([len(own) for own in prompts], dtype=torch.int32, device=device)
+            self._prompt_index = index.to(device, torch.int32)
+            self._start = weights.decoder_starts(prompts)[:, index.to(device)].contiguous()
+            self._seeds = torch.from_numpy(seeds.view(np.int64)).to(device)
+            self._keys, self._values = self._new_cache(0)
+            self._arena = self._new_arena(self._plan, self._start)
+        self._ahead = True  # whether the arena may not be that of the last frame that counts
+        self._codes = torch.empty(self.batch, config.num_codebooks, 0, dtype=torch.int64)
+        self._logprobs = torch.empty(self.batch, config.num_codebooks, 0)
+
+    @property
+    def codes(self) -> Tensor:
+        """int64 [B, num_codebooks, frame], on the CPU."""
+        return self._codes[:, :, : self.frame].clone()
+
+    @property
+    def logprobs(self) -> Tensor:
+        """float32 [B, num_codebooks, frame], on the CPU."""
+        return self._logprobs[:, :, : self.frame].clone()
+
+    @torch.inference_mode()
+    def step(self, frames: int, on_frame: Callable[[int, int], None] | None = None) -> None:
+        """Draw `frames` more frames; on_frame(done, frames) is called as each arrives."""
+        with self._turn(f"{frames} more frames of {self.batch} sequences"):
+            self._reserve(self.frame + frames)
+            first = self.frame
+
+            def collected() -> None:
+                if on_frame is not None:
+                    on_frame(self.frame - first, frames)
+
+            while self.frame < first + frames:
+                self._decode(min(first + frames - self.frame, self._most_frames()), None, collected)
+
+    @torch.inference_mode()
+    def force(self, codes: Tensor) -> Tensor:
+        """Advance with these codes int64 [B, num_codebooks, n] -> logits float32 [B, num_codebooks, n, V]."""
+        with self._turn(f"{codes.shape[2]} more frames of {self.batch} sequences"):
+            self._reserve(self.frame + codes.shape[2])
+            logits = []
+            for given in codes.unbind(dim=2):
+                forced = given.T.to(self.weights.device, torch.int32).contiguous()
+                self._decode(1, forced, lambda: None)
+                logits.append(self._region("logits").transpose(0, 1).cpu().clone())
+            return torch.stack(logits, dim=2)
+
+    @torch.inference_mode()
+    def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
+        """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
+        with self._turn(f"{len(indices)} sequences"):
+            if max(indices) >= self.batch:  # another thread may have been here since the caller looked
+                raise InputError(f"there is no sequence {max(indices)} of {self.batch}")
+            plan = self.weights.plan(len(indices), self.settings.guided)
+            kept = torch.tensor(indices)
+            rows = torch.cat((kept, self.batch + kept)) if self.settings.guided else kept
+            places = {"_keys": (2, rows), "_values": (2, rows), "_start": (1, rows), "_prompt_index": (0, rows)}
+            places |= {"_seeds": (0, kept)}
+            taken: dict[str, Any] = {
+                name: getattr(self, name).index_select(dim, index.to(self.weights.device))
+                for name, (dim, index) in places.items()
+            }
+            if seeds is not None:
+                taken["_seeds"] = torch.from_numpy(seeds.view(np.int64)).to(self.weights.device)
+            taken |= {"_codes": self._codes[kept], "_logprobs": self._logprobs[kept]}
+            taken |= {"_plan": plan, "_arena": self._new_arena(plan, taken["_start"]), "_ahead": True}
+            self.__dict__.update(taken, batch=len(kept))  # at once: an interruption finds all or none
+
+    def _decode(self, frames: int, forced: Tensor | None, collected: Callable[[], None]) -> None:
+        """One launch: `frames` more frames, or one with codes int32 [num_codebooks, B] that are given."""
+        weights, device = self.weights, self.weights.device
+        if self._ahead:
+            self._go_back()
+        shape = (frames, weights.config.num_codebooks, self.batch)
+        codes, logprobs = host_tensor(shape, torch.int32, device), host_tensor(shape, torch.float32, device)
+        noise_frames = torch.full((self.batch,), self.frame, dtype=torch.int32, device=device)
+
+        def collect(frame: int) -> None:
+            check_drawn(logprobs[frame].T, self.frame)
+            self._codes[:, :, self.frame] = codes[frame].T
+            self._logprobs[:, :, self.frame] = logprobs[frame].T
+            self.frame += 1
+            collected()
+
+        arguments = {
+            **weights.arguments(self._plan),
+            **settings_arguments(self.settings),
+            "arena": self._arena.data_ptr(),
+            "keys": self._keys.data_ptr(),
+            "values": self._values.data_ptr(),
+            "prompt_keys": self._prompt_keys.data_ptr(),
+            "prompt_values": self._prompt_values.data_ptr(),
+            "prompt_index": self._prompt_index.data_ptr(),
+            "prompt_length": self._prompt_length.data_ptr(),
+            "seeds": self._seeds.data_ptr(),
+            "noise_frames": noise_frames.data_ptr(),
+            "forced": 0 if forced is None else forced.data_ptr(),
+            "codes_out": codes.data_ptr(),
+            "logprobs_out": logprobs.data_ptr(),
+            "frames": frames,
+            "first_frame": self.frame,
+            "capacity": self.capacity,
+            "prompts": self._prompt_keys.shape[2],
+            "prompt_capacity": self._prompt_keys.shape[4],
+        }
+        self._ahead = True
+        follow(self._launch(arguments), frames, collect)
+        self._ahead = False
+
+    @contextlib.contextmanager
+    def _turn(self, what: str) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            raise InputError("a session cannot be stepped or selected from its own on_frame")
+        with self._lock, on_device(self.weights.device), memory(what):
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _most_frames(self) -> int:
+        """Frames that one launch can count."""
+        return min(_MOST_FRAMES, (_MOST_EPOCHS - 1) // len(self._plan.program.operations))
+
+    def _region(self, name: str) -> Tensor:
+        """A region of the arena, in its shape; float32."""
+        return region(self._arena, self._plan, name)
+
+    def _new_arena(self, plan: Plan, start: Tensor) -> Tensor:
+        arena = torch.empty(plan.program.arena_floats, device=self.weights.device)
+        if "start" in plan.program.regions:
+            region(arena, plan, "start").copy_(start)
+        return arena
+
+    def _go_back(self) -> None:
+        """Put into the arena what the next frame takes from the last one that counts."""
+        if self.frame:
+            codebooks = self.weights.config.num_codebooks
+            codes = self._codes[:, :, self.frame - 1]
+            if codebooks > 1:
+                self._region("total")[codebooks % 2] = self.weights.embed(codes, codebooks - 1)
+            self._region("codes").view(torch.int32)[-1] = codes[:, -1].to(self.weights.device)
+        self._ahead = False
+
+    def _new_cache(self, capacity: int) -> tuple[Tensor, Tensor]:
+        config, rows = self.weights.config, self._plan.program.rows
+        blocks, experts = config.spatial_layers, config.num_experts
+        shape = (2, experts, blocks, rows, config.n_kv_heads, capacity, config.head_dim)
+        keys, values = torch.empty(shape, dtype=torch.bfloat16, device=self.weights.device).unbind(0)
+        return keys, values
+
+    def _reserve(self, frames: int) -> None:
+        """Room for this many frames in all. Doubling keeps the copies of a long stream of short steps linear."""
+        if frames <= self.capacity:
+            return
+        used, longest = self.frame, self.weights.config.max_seq_len
+        if frames > longest:  # another thread may have stepped since the caller looked
+            raise InputError(f"{frames} frames exceed max_seq_len, which is {longest}")
+        capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
+        keys, values = self._new_cache(capacity)
+        keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
+        shape = (self.batch, self.weights.config.num_codebooks, capacity)
+        codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+        codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
+        grown = {"_keys": keys, "_values": values, "_codes": codes, "_logprobs": logprobs, "capacity": capacity}
+        self.__dict__.update(grown)
+
+
+def settings_arguments(settings: SamplingSettings) -> dict[str, Any]:
+    """How codes are drawn, for the kernel."""
+    return {
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "guidance": settings.guidance_scale,
+    }
+
+
+def region(arena: Tensor, plan: Plan, name: str) -> Tensor:
+    """A view of a region of an arena, in its shape; float32."""
+    offset, shape = plan.program.regions[name]
+    return arena[offset : offset + math.prod(shape)].view(shape)
