@@ -193,7 +193,7 @@ def ninja_file(name: str, nvcc: list[str] | None, build: Path, output: Path) -> 
             if source.name != "kernels.cpp":
                 objects[f"{source.stem}.o"] = source, []
     elif name == "_emulator":
-        for stem in ("fibers", "emulate", "bind_emulator"):
+        for stem in ("context", "fibers", "emulate", "bind_emulator"):
             objects[f"{stem}.o"] = folder / f"{stem}.cpp", ["-Wno-unknown-pragmas"]  # nvcc's, in the kernel
     else:
         objects["bind_cuda.o"] = folder / "bind_cuda.cpp", []

@@ -6,8 +6,9 @@
 
 In this order, each within its share of the time that is left: build the package under build/gpu, with the CUDA engine
 for this GPU; csrc/cuda/microbench.cu, what the GPU gives; a tiny model on the CUDA engine, alone and then under
-compute-sanitizer while the tests of both GPU engines run; every Triton kernel's gate; the decode benchmark; the CUDA
-engine's timeline; every Triton kernel's times; the decode benchmark's compiled arm, which takes minutes to compile.
+compute-sanitizer, while each operation of that engine is compared with PyTorch and the tests of both GPU engines run;
+every Triton kernel's gate; the decode benchmark; the CUDA engine's timeline; every Triton kernel's times; the decode
+benchmark's compiled arm, which takes minutes to compile.
 Each step runs in processes of its own, as a kernel that is wrong can hang or break a process, and is ended with all of
 them when its time is up. One JSON file holds all results and is written as they come. compute-sanitizer is too slow for
 the Triton kernels in that run: with --sanitize memcheck and then racecheck have all of the time, after the build.
@@ -49,6 +50,13 @@ DECODE_ARMS = "naive-bf16,graph-bf16,triton-bf16,triton-int8"
 CUDA_ARMS = "cuda-bf16,cuda-int8"
 COMPILE_ARMS = "compile-bf16,graph-bf16"
 SANITIZED = ("memcheck", "racecheck")
+OPERATIONS = (
+    "--weights bf16 --batch 2",
+    "--weights int8 --batch 16 --guided",
+    "--weights fp8 --batch 3",
+    "--weights bf16 --batch 1 --preset siren-1.6b --blocks 1",
+    "--weights int8 --batch 16 --preset siren-1.6b --blocks 1",
+)
 TINY_SANITIZED = ("memcheck", "racecheck", "synccheck")
 TOOLKIT = Path("/usr/local/cuda/bin")  # where nvcc and compute-sanitizer are looked for after PATH
 POLL_SECONDS = 2.0
@@ -127,7 +135,7 @@ def build(check: Check, limit: float) -> None:
     for cuda in ("1", "0"):
         left = max(1.0, stop - time.monotonic())
         code, output = check.run(
-            f"build-{cuda}", ["env", "-C", ROOT, f"SIREN_CUDA={cuda}", *words], 0.7 * left if cuda == "1" else left
+            f"build-{cuda}", ["env", "-C", ROOT, f"SIREN_CUDA={cuda}", *words], 0.8 * left if cuda == "1" else left
         )
         check.result["parts"]["build"] = {"exit": code, "cuda": cuda == "1"}
         if code == 0:
@@ -169,10 +177,29 @@ def tiny(check: Check, limit: float) -> None:
         check.red(f"cuda_tiny.py: {_end(code, output)}; decode and timeline are without the CUDA engine")
 
 
-def tests_and_sanitizers(check: Check, limit: float) -> None:
-    """Neither is timed, so that they share the GPU."""
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda step: step(check, limit), (tests, sanitize_tiny)))
+def operations(check: Check, limit: float) -> None:
+    """Every operation of the CUDA engine against the executor, also where the tiny model failed: it says where."""
+    if not check.result["parts"].get("build", {}).get("cuda"):
+        return
+
+    def one(options: str) -> None:
+        name = f"operations{options.replace(' ', '')}"
+        path = check.folder / f"{name}.json"
+        words = ["env", "OMP_NUM_THREADS=2", sys.executable, BENCHMARKS / "cuda_operations.py", *options.split()]
+        code, output = check.run(name, [*words, "--out", path], limit)
+        check.put("operations", options, {"exit": code, **(json_file.read(path) or {"end": output[-4000:]})})
+        print(output[-1000:], flush=True)
+        if code != 0:
+            check.red(f"cuda_operations.py {options}: {_end(code, output)}")
+
+    with ThreadPoolExecutor(len(OPERATIONS)) as pool:
+        list(pool.map(one, OPERATIONS))
+
+
+def untimed(check: Check, limit: float) -> None:
+    """What checks and is not timed, sharing the GPU."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda step: step(check, limit), (tests, sanitize_tiny, operations)))
 
 
 def tests(check: Check, limit: float) -> None:
@@ -383,10 +410,10 @@ def main() -> None:
         os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(TOOLKIT)))
     sizes = ["--device", options.device, *(["--small"] if options.small else [])]
     steps: list[tuple[str, float, Callable[[Check, float], None]]] = [  # with a weight for its share of the time
-        ("build", 10, build),
+        ("build", 12, build),
         ("microbench", 3, microbench),
         ("tiny", 4, tiny),
-        ("tests", 10, tests_and_sanitizers),
+        ("tests", 10, untimed),
         ("gates", 3, lambda check, limit: kernels(check, limit, "gates", [*sizes, "--gates"], at_once=len(STEMS))),
         ("decode", 11, decode),
         ("timeline", 3, timeline),

@@ -7,6 +7,7 @@ picks (0: in turn).
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ def machine(wanted: torch.device | None = None) -> Machine:
         raise BackendError(f"backend 'cuda' needs compute capability 8.0, and {name} has {major}.{minor}: use 'cpu'")
 
     def launch(arguments: dict[str, Any]) -> Any:
-        return module.launch(arguments, torch.cuda.current_stream(device).cuda_stream, device.index)
+        try:
+            return module.launch(arguments, torch.cuda.current_stream(device).cuda_stream, device.index)
+        except RuntimeError as error:
+            raise BackendError(f"backend 'cuda': {error}") from error
 
     return Machine(device, properties["sms"], properties["shared_bytes"], name, f"sm_{major}{minor}", launch)
 
@@ -84,16 +88,12 @@ def _emulated() -> Machine:
 
 def _extension(name: str, remedy: str) -> ModuleType:
     try:
-        if name == "_emulator":
-            from . import _emulator as module
-        else:
-            from . import _cuda as module
+        return importlib.import_module(f"siren.{name}")
     except ImportError as error:
         raise BackendError(
             f"backend 'cuda' needs the extension siren.{name}, which cannot be imported ({error}): {remedy}, "
             "or use 'auto', 'cpu' or 'triton'"
         ) from error
-    return module
 
 
 def _switch(name: str) -> bool:

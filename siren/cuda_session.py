@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cuda_weights import CudaWeights, Plan
+from .cuda_weights import CudaWeights, Plan, settle
 from .errors import BackendError, InputError
 from .reference import distinct_prompts
 from .sampling import SamplingSettings, check_drawn
@@ -88,7 +88,7 @@ def _end(handle: Handle) -> None:
     try:
         handle.cancel()
         while not handle.finished:
-            handle.wait(_MOST_FRAMES, _PATIENCE)
+            handle.wait(_MOST_EPOCHS - 1, _PATIENCE)  # more frames than there are: until the end
     except KeyboardInterrupt:
         _end(handle)
         raise
@@ -132,6 +132,7 @@ class CudaState:
             self._seeds = torch.from_numpy(seeds.view(np.int64)).to(device)
             self._keys, self._values = self._new_cache(0)
             self._arena = self._new_arena(self._plan, self._start)
+            settle(device)
         self._ahead = True  # whether the arena may not be that of the last frame that counts
         self._codes = torch.empty(self.batch, config.num_codebooks, 0, dtype=torch.int64)
         self._logprobs = torch.empty(self.batch, config.num_codebooks, 0)
@@ -242,6 +243,7 @@ class CudaState:
             self._owner = threading.get_ident()
             try:
                 yield
+                settle(self.weights.device)
             finally:
                 self._owner = None
 

@@ -51,6 +51,12 @@ _DECODER_MATRICES = {
 _DECODER_VECTORS = {"attention_norm.weight": "attention_norm", "ffn_norm.weight": "decoder_ffn_norm"}
 
 
+def settle(device: torch.device) -> None:
+    """Wait for what this thread has begun: other threads may have streams of their own."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 @dataclass(frozen=True)
 class Plan:
     """A program, and its instructions where the kernel reads them."""
@@ -71,7 +77,7 @@ class _Stored:
     def put(self, place: tuple[int, ...], value: Tensor) -> None:
         values, scales = quantise(value, self.weights)
         self.values[place] = values
-        if self.scales is not None:
+        if self.scales is not None and scales is not None:
             self.scales[place] = scales
 
     def get(self, place: tuple[int, ...]) -> Tensor:
@@ -125,8 +131,7 @@ class CudaWeights:
         self._summary = _Stored((summaries, d, config.prompt_dim), weights, device)
         self._start = torch.zeros(count, d, device=device)
         self._load(experts)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # other threads may have streams of their own
+        settle(device)
 
     @property
     def bytes(self) -> int:
@@ -138,8 +143,8 @@ class CudaWeights:
         """The program of this many sequences, made at its first use. Threads may share it."""
         if sequences * (2 if guided else 1) > _MOST_ROWS:
             raise InputError(
-                f"backend 'cuda' decodes at most {_MOST_ROWS} sequences at a time, with guidance {_MOST_ROWS // 2}, and "
-                f"was given {sequences}: split the batch, or use backend 'triton'"
+                f"backend 'cuda' decodes at most {_MOST_ROWS} sequences at a time, with guidance {_MOST_ROWS // 2}, "
+                f"and was given {sequences}: split the batch, or use backend 'triton'"
             )
         with self._lock:
             key = (sequences, guided)

@@ -112,13 +112,14 @@ class Frame:
         name: str,
         owners: Owners,
         wait: Wait | None,
-        items: int | None,
+        shares: int | tuple[Share, ...],
         matrix: Matrix | None = None,
         **fields: int,
     ) -> int:
-        """Append an operation and return its number. `items` to share out; those of a matrix have been already."""
+        """Append an operation and return its number. `shares`: those, or the number of items to share out evenly."""
         number = len(self.operations)
-        shares = self.places[matrix][1] if matrix else self._shares(items or 0, owners[1], number)
+        if isinstance(shares, int):
+            shares = self._shares(shares, owners[1], number)
         defaults = {"norm": -1, "bias": -1}
         names = (
             "expert", "block", "codebook", "position", "rows", "columns", "source", "target", "norm", "bias", "scale",
@@ -159,8 +160,8 @@ class Frame:
     ) -> int:
         found, vector = self.matrices[matrix], self.layout.vectors
         return self._add(
-            Kind.matmul, name, owners, wait, None, found, expert=found.expert, block=found.block, rows=rows,
-            columns=found.columns, norm=vector[norm][0] if norm else -1, bias=vector[bias][0] if bias else -1,
+            Kind.matmul, name, owners, wait, self.places[found][1], found, expert=found.expert, block=found.block,
+            rows=rows, columns=found.columns, norm=vector[norm][0] if norm else -1, bias=vector[bias][0] if bias else -1,
             scale=vector[f"scale:{found.name}", found.expert, found.block][0], chunk=self._chunk(rows, found.columns),
             **fields,
         )  # fmt: skip
@@ -186,7 +187,8 @@ class Frame:
         for j in range(config.num_codebooks):
             self._codebook(j)
         if layout.residual:
-            self._sum_codes(Kind.sums, config.num_codebooks, layout.at("sums"), self._after_all())
+            items = self.K * self.B * self.d
+            self._sum_codes(Kind.sums, config.num_codebooks, layout.at("sums"), self._after_all(), items)
 
     def _after(self, k: int) -> Wait:
         """A wait of an expert's group for its latest operation."""
@@ -210,12 +212,12 @@ class Frame:
             )  # fmt: skip
 
         if block == 0:
+            # It works the entry out by itself. `enter`, for the blocks that add to it, follows in the same phase.
+            matmul("cross_query", None, source=Source.backbone_entry, target=Target.query, output=q)
             self.last[k] = self._add(
                 Kind.enter, f"expert {k} enter", group, None, R * d, expert=k, rows=R, columns=d,
                 source=Entry.backbone, output=x,
             )  # fmt: skip
-            # It works the entry out by itself, so it need not wait for `enter` on other SMs.
-            matmul("cross_query", None, source=Source.backbone_entry, target=Target.query, output=q)
         else:
             matmul("cross_query", self._after(k), input=x, target=Target.query, output=q)
         attention(Keys.prompt)
@@ -234,36 +236,33 @@ class Frame:
         k, i = divmod(j, config.codes_per_expert)
         blocks = config.factorized_layers
         name = f"expert {k} codebook {j}"
-        wait: Wait | None = self._after_all()
-        if blocks:
-            rows, position = (2 * R, 0) if i == 0 else (R, i + 1)
-            self._add(
-                Kind.enter, f"{name} enter", self.all, wait, rows * self.d, expert=k, codebook=j, position=position,
-                rows=rows, columns=self.d, source=Entry.decoder, output=layout.at("dx"),
-            )  # fmt: skip
-            wait = None
-        if j:
-            self._sum_codes(Kind.accumulate, j, layout.at("total", (j + 1) % 2), wait)
-            wait = None
         for block in range(blocks):
             self._decoder_block(name, j, block)
         last = R if blocks and i == 0 else 0  # of the two positions of the first pass the second one
         self._matmul(
-            f"{name} heads", ("heads", k, i), self.all, self._after_all() if blocks else wait, R,
+            f"{name} heads", ("heads", k, i), self.all, self._after_all(), R,
             ("decoder_norm", k, 0) if blocks else None, codebook=j, position=i + 1 if blocks else 0,
             input=layout.at("dx", last) if blocks else layout.at("h", k), target=Target.logits,
             output=layout.at("logits", j),
         )  # fmt: skip
-        self._add(
+        draw = self._add(
             Kind.draw, f"{name} draw", self.all, self._after_all(), self.B, expert=k, codebook=j, rows=self.B,
             columns=config.codebook_size, input=layout.at("logits", j), output=layout.at("codes", j),
         )  # fmt: skip
+        if j:
+            # Of codes drawn before, by SMs that have nothing to draw meanwhile.
+            busy = [share.count > 0 for share in self.operations[draw].shares]
+            idle = [sm for sm, drawing in enumerate(busy) if not drawing] or list(range(self.sms))
+            shares = [Share(0, 0)] * self.sms
+            for sm, share in zip(idle, self._shares(self.K * self.B * self.d, len(idle), 0), strict=True):
+                shares[sm] = share
+            self._sum_codes(Kind.accumulate, j, layout.at("total", (j + 1) % 2), None, tuple(shares))
 
-    def _sum_codes(self, kind: Kind, j: int, output: int, wait: Wait | None) -> None:
+    def _sum_codes(self, kind: Kind, j: int, output: int, wait: Wait | None, shares: int | tuple[Share, ...]) -> None:
         """Embedding sums of the codes before codebook j, of all experts."""
         self._add(
-            kind, f"{kind.name} before codebook {j}", self.all, wait, self.K * self.B * self.d, codebook=j, rows=self.B,
-            columns=self.d, input=self.layout.at("total", j % 2), output=output,
+            kind, f"{kind.name} before codebook {j}", self.all, wait, shares, codebook=j, rows=self.B, columns=self.d,
+            input=self.layout.at("total", j % 2), output=output,
         )  # fmt: skip
 
     def _decoder_block(self, name: str, j: int, block: int) -> None:
@@ -279,10 +278,17 @@ class Frame:
                 title, (matrix, k, block), self.all, wait, rows, key, None, codebook=j, position=position, **more
             )  # fmt: skip
 
-        # The first block works its entry out by itself, in the same phase as `enter`.
-        source, wait = (Source.rows, self._after_all()) if block else (Source.decoder_entry, None)
-        read = at("dx") if block else 0
-        matmul("decoder_qkv", wait, "attention_norm", source=source, input=read, target=Target.scratch, output=at("dq"))
+        source, read = (Source.rows, at("dx")) if block else (Source.decoder_entry, 0)
+        matmul(
+            "decoder_qkv", self._after_all(), "attention_norm", source=source, input=read, target=Target.scratch,
+            output=at("dq"),
+        )  # fmt: skip
+        if block == 0:
+            # The first block works its entry out by itself; what is added to it comes after, in the same phase.
+            self._add(
+                Kind.enter, f"{name} enter", self.all, None, rows * self.d, expert=k, codebook=j, position=position,
+                rows=rows, columns=self.d, source=Entry.decoder, output=at("dx"),
+            )  # fmt: skip
         if last and i == 0:  # nothing reads position 0 any more
             rows, position, skipped = R, 1, R
         dx, dq, dact = at("dx", skipped), at("dq", skipped), at("dact", skipped)

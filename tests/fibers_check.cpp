@@ -1,4 +1,4 @@
-// Small kernels for csrc/cuda/fibers.cpp and host.h. tests/test_fibers.py compiles this and runs it under several seeds:
+// Small kernels for csrc/cuda/fibers.cpp and host.h. tests/test_fibers.py compiles this and runs it with several seeds:
 //   fibers_check NAME SEED
 // It prints "ok", or what went wrong and returns 1.
 #include <cstdio>
@@ -76,8 +76,8 @@ void shuffles(uint64_t seed) {
   });
 }
 
-// Fragments are filled as the PTX manual lays them out, with values that bf16 has exactly; the sums are bit for bit those
-// of a plain loop over k.
+// Fragments are filled as the PTX manual lays them out, with values that bf16 has exactly; the sums are bit for bit
+// those of a plain loop over k.
 void products(uint64_t seed) {
   std::mt19937 random(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
@@ -93,8 +93,9 @@ void products(uint64_t seed) {
     }
   run(1, seed, [&] {
     const int g = lane() / 4, t = lane() % 4;
-    const uint32_t left[4] = {pack_bf16(a[g][2 * t], a[g][2 * t + 1]), pack_bf16(a[g + 8][2 * t], a[g + 8][2 * t + 1]),
-                              pack_bf16(a[g][2 * t + 8], a[g][2 * t + 9]), pack_bf16(a[g + 8][2 * t + 8], a[g + 8][2 * t + 9])};
+    const auto pair = [](const float (&row)[16], int k) { return pack_bf16(row[k], row[k + 1]); };
+    const uint32_t left[4] = {pair(a[g], 2 * t), pair(a[g + 8], 2 * t), pair(a[g], 2 * t + 8),
+                              pair(a[g + 8], 2 * t + 8)};
     const uint32_t right[2] = {pack_bf16(b[2 * t][g], b[2 * t + 1][g]), pack_bf16(b[2 * t + 8][g], b[2 * t + 9][g])};
     float sums[4] = {c[g][2 * t], c[g][2 * t + 1], c[g + 8][2 * t], c[g + 8][2 * t + 1]};
     mma(sums, left, right);
@@ -225,8 +226,10 @@ void misuses(uint64_t seed) {
   refused(1, seed, "worker_sync is for the first 256 threads", [] { worker_sync(); });
   refused(1, seed, "while other lanes of the warp are in", [] { lane() < 5 ? warp_sync() : (void)shuffle(1, 2); });
   refused(1, seed, "shuffle_xor of int with lane", [] { shuffle_xor(1, 32); });
-  refused(1, seed, "a bulk copy of 24 bytes", with_barrier([](uint64_t* b) { copy_bulk(shared_memory() + 128, source, 24, b); }));
-  refused(1, seed, "not aligned", with_barrier([](uint64_t* b) { copy_bulk(shared_memory() + 128, source + 8, 32, b); }));
+  refused(1, seed, "a bulk copy of 24 bytes",
+          with_barrier([](uint64_t* b) { copy_bulk(shared_memory() + 128, source, 24, b); }));
+  refused(1, seed, "not aligned",
+          with_barrier([](uint64_t* b) { copy_bulk(shared_memory() + 128, source + 8, 32, b); }));
   refused(1, seed, "outside the block's shared memory",
           with_barrier([](uint64_t* b) { copy_bulk(shared_memory() + kShared - 16, source, 32, b); }));
   refused(1, seed, "want different copies",

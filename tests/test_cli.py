@@ -291,10 +291,12 @@ def test_env(capfd: pytest.CaptureFixture[str]) -> None:
     assert values["packages"]["torch"]
     assert values["auto"]["backend"] in ("cpu", "reference")
     assert values["engine"]["available"] or values["engine"]["reason"]
-    assert values["triton"]["available"] or values["triton"]["reason"].startswith("backend 'triton' needs")
+    for name in ("triton", "cuda"):
+        assert values[name]["available"] or values[name]["reason"].startswith(f"backend '{name}' needs")
     main(["env"])
     text = capfd.readouterr().out
     assert f"Triton kernels: {values['triton'].get('reason') or 'on ' + values['triton']['device']}" in text
+    assert f"CUDA kernel: {values['cuda'].get('reason') or 'on ' + values['cuda']['device']}" in text
     assert f'backend "auto": {values["auto"]["backend"]}' in text
     assert values["packages"]["torch"] in text
 

@@ -21,7 +21,7 @@ def compiled(folder: Path, *flags: str) -> Path:
     )
     if not words:
         pytest.skip("no C++ compiler")
-    sources = [ROOT / "tests" / "fibers_check.cpp", ROOT / "csrc" / "cuda" / "fibers.cpp"]
+    sources = [ROOT / path for path in ("tests/fibers_check.cpp", "csrc/cuda/fibers.cpp", "csrc/cuda/context.cpp")]
     command = [*words, "-std=c++17", "-O1", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", *flags]
     command += [f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(folder / "fibers_check")]
     made = subprocess.run(command, capture_output=True, text=True)

@@ -166,6 +166,33 @@ def test_the_tiny_model_runs_on_the_cuda_engine(monkeypatch: pytest.MonkeyPatch)
 
 
 @emulated
+def test_operations_that_are_wrong_are_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is on the emulator; with weights that the executor does not know the operation that reads them is, and the
+    codes of whole frames are others."""
+    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
+    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
+    operations, arms = load("cuda_operations"), load("arms")
+    sizes = {"spatial_layers": 1, "num_codebooks": 2, "num_experts": 1, "codebook_size": 40}
+    config = dataclasses.replace(siren.SirenConfig.preset("tiny"), **sizes)
+    decoder = operations.CudaDecoder(config, arms.random_experts(config, 0), "int8")
+
+    def check(fault: bool) -> tuple[int, list[str]]:
+        both = operations.Both(decoder, 2, SamplingSettings(guidance_scale=2.0))
+        if fault:
+            offset, length = both.program.vectors["scale:heads", 0, 1]
+            decoder.weights.vectors[offset : offset + length].mul_(torch.linspace(-9, 9, length))
+        return operations.check(both)
+
+    done, lines = check(fault=False)
+    assert lines == [] and done == operations.FRAMES * len(decoder.weights.plan(2, True).program.operations)
+    done, lines = check(fault=True)
+    named = [line.split(":")[0] for line in lines]
+    expected = [f"expert 0 codebook 1 heads, frame {frame}" for frame in range(2)]
+    assert named == [*expected, "2 frames in one launch"]
+    assert ": logits: " in lines[0] and " are wrong, the first at " in lines[0]
+
+
+@emulated
 def test_timeline_of_the_emulator(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every instruction of the frame is in it once, after what it waited for; the picture is drawn."""
     monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
@@ -515,6 +542,24 @@ def test_microbench_is_compiled_for_this_gpu_and_read(
         found = check.result["parts"]["microbench"]
         assert found == {"exit": code, **(result if code == 3 else {"end": '{"copy_gb\n'})}
     assert check.result["red"] == ["microbench: stuck", 'microbench: exit code 1: {"copy_gb']
+
+
+def test_operations_that_differ_are_red(load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each setting has its own row and line; without the engine there is nothing to do."""
+    gpu_check = load("gpu_check")
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(gpu_check, "OPERATIONS", ("--batch 1", "--batch 2"))
+    source = "import sys\nassert sys.argv[1] == '--batch'\nraise SystemExit('error: no' if sys.argv[2] == '2' else 0)\n"
+    (tmp_path / "cuda_operations.py").write_text(source)
+    gpu_check.operations(check, 30)
+    assert "operations" not in check.result["parts"]
+    check.result["parts"]["build"] = {"exit": 0, "cuda": True}
+    gpu_check.operations(check, 30)
+    assert {name: row["exit"] for name, row in check.result["parts"]["operations"].items()} == {
+        "--batch 1": 0,
+        "--batch 2": 1,
+    }
+    assert check.result["red"] == ["cuda_operations.py --batch 2: exit code 1: error: no"]
 
 
 STANDS_FOR_DECODE = """

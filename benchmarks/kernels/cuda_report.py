@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 DEFAULT_ARCHS = ("80", "90a", "100", "120")
 KERNEL = "siren_decode"
-WARPS, REGISTERS = 9, 1 << 16  # of a block and of a multiprocessor
+WARPS, PARTITIONS, REGISTERS = 9, 4, 1 << 14  # of a block; of a multiprocessor; of a partition, which has whole warps
 REGISTER_UNIT = 256  # registers are given to a warp in pieces of so many
 RESERVED_SHARED = 1024  # of every block, by CUDA, beside what a block may ask for
 FEWEST_STAGES = 2  # fewer, and csrc/cuda/launch.cu refuses
@@ -174,7 +174,7 @@ def faults(kernels: list[dict[str, Any]], shared: list[dict[str, Any]], archs: l
                 f"{row['spills']} instructions that use them"
             )
         warp = -(-32 * row["registers"] // REGISTER_UNIT) * REGISTER_UNIT
-        if WARPS * warp > REGISTERS:
+        if -(-WARPS // PARTITIONS) * warp > REGISTERS:
             lines.append(f"{where}: {row['registers']} registers a thread, {WARPS} warps do not fit")
         for name in ("mma", "copies"):
             if not row[name]:

@@ -24,9 +24,7 @@ SIREN_DEVICE void attention(const Block& b, const Instruction& in) {
   const Arguments& args = b.args;
   const bool prompt = in.source == static_cast<int>(Keys::prompt);
   const int head_dim = args.head_dim;
-  int lanes = 1;  // that share a key, 8 columns each
-  while (8 * lanes < head_dim) lanes *= 2;
-  const int together = 32 / lanes, part = lane() % lanes, mine = lane() / lanes;
+  const int lanes = lanes_per_head(head_dim), together = 32 / lanes, part = lane() % lanes, mine = lane() / lanes;
   const bool used = 8 * part < head_dim;
   const float factor = 1.0f / sqrtf(static_cast<float>(head_dim));
   for (int i = 0; i < in.count; ++i) {
@@ -45,15 +43,8 @@ SIREN_DEVICE void attention(const Block& b, const Instruction& in) {
     const uint16_t* const values = (prompt ? args.prompt_values : args.values) + cache * head_dim + 8 * part;
     const int64_t at = static_cast<int64_t>(row) * args.dim + head * head_dim;
 
-    float q[8] = {};
-    if (used) {
-      const float* query = args.arena + in.input + at + 8 * part;
-      const Four low = load4(query), high = load4(query + 4);
-      for (int e = 0; e < 4; ++e) {
-        q[e] = low.v[e] * factor;
-        q[4 + e] = high.v[e] * factor;
-      }
-    }
+    Eight q = {};
+    if (used) q = load8(args.arena + in.input + at + 8 * part);
     Softmax soft = {};
     for (int first = warp() * together; first < count; first += kTogether * kWarps * together) {
       Words key[kTogether] = {}, value[kTogether] = {};
@@ -67,9 +58,11 @@ SIREN_DEVICE void attention(const Block& b, const Instruction& in) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) {
         float score = 0;
-        for (int w = 0; w < 4; ++w) score += q[2 * w] * low_bf16(key[u].v[w]) + q[2 * w + 1] * high_bf16(key[u].v[w]);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) score += q.v[2 * w] * low_bf16(key[u].v[w]) + q.v[2 * w + 1] * high_bf16(key[u].v[w]);
         for (int mask = lanes / 2; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
         if (first + u * kWarps * together + mine >= count) continue;
+        score *= factor;
         if (soft.total == 0 || score > soft.largest) soft.rescale(score);
         const float weight = expf(score - soft.largest);
         soft.total += weight;

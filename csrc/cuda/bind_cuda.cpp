@@ -92,7 +92,7 @@ PYBIND11_MODULE(_cuda, m) {
         return new Run(launch(args, reinterpret_cast<void*>(stream), device));
       },
       py::arg("arguments"), py::arg("stream"), py::arg("device"),
-      "Starts the kernel on a stream (its cudaStream_t as an int; 0: the default one). The memory must outlive the Run.");
+      "Starts the kernel on a stream (a cudaStream_t as an int; 0: the default). The memory must outlive the Run.");
   m.def(
       "properties",
       [](int device) {

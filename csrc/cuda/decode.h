@@ -48,7 +48,7 @@ SIREN_DEVICE void work(Block b) {
     worker_sync();
     for (int i = flags.begin; i < flags.end; ++i) {
       const Instruction& in = *slot(i);
-      if (i + 1 < flags.end && warp() == kWarps - 1) fetch(i + 1);  // this warp has few SMs to wait for, or none
+      if (warp() == kWarps - 1 && i + 1 < flags.end) fetch(i + 1);  // this warp has few SMs to wait for, or none
       if (in.operation >= args.first_operation && in.operation < args.last_operation) {
         if (in.wait_count > 0) {
           wait_for_blocks(b, in);
@@ -56,9 +56,10 @@ SIREN_DEVICE void work(Block b) {
           if (!flags.alive) return;
         }
         if (i == flags.begin && b.frame > 0) {
-          if (block() == 0 && thread() == 0) store_host(args.host, b.frame);
-          if (b.frame >= load_relaxed(args.control)) {
+          if (block() == 0 && thread() == 0) store_host(args.host + kFramesDone, b.frame);
+          if (b.frame >= load_relaxed(args.control + kFrameLimit)) {
             b.flags().stop = 1;
+            if (block() == 0 && thread() == 0) store_host(args.host + kFramesRun, b.frame);
             return;
           }
         }
@@ -68,13 +69,14 @@ SIREN_DEVICE void work(Block b) {
         if (!flags.alive) return;
         if (args.trace && thread() == 0) args.trace[2 * i + 1] = nanoseconds();
         if (thread() == 0 && in.publish >= 0) {
-          if (block() == 0 && i + 1 == flags.end && load_host(args.host + 1) != 0) args.control[0] = b.frame + 1;
+          if (block() == 0 && i + 1 == flags.end && load_host(args.host + kCancel) != 0) args.control[kFrameLimit] = b.frame + 1;
           store_release(args.progress + block(), static_cast<uint32_t>(b.frame * args.operations + in.publish));
         }
       }
       worker_sync();
     }
   }
+  if (block() == 0 && thread() == 0) store_host(args.host + kFramesRun, args.frames);
 }
 
 SIREN_DEVICE void decode(const Arguments& args) {

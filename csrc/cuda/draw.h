@@ -9,38 +9,46 @@
 
 namespace siren::cuda {
 
-// Results over the workers, the same in every thread, summed in a fixed order.
-SIREN_DEVICE double sum_workers(const Block& b, double value) {
-  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  worker_sync();  // results before have been read
-  if (lane() == 0) b.flags().sum[warp()] = value;
-  worker_sync();
-  value = 0;
-  for (int w = 0; w < kWarps; ++w) value += b.flags().sum[w];
-  return value;
-}
+// Results over the workers, the same in every thread, summed in a fixed order. Two buffers in turn: a barrier each.
+struct Reduction {
+  const Block& b;
+  int turn = 0;
 
-// The largest value and the lowest index that has it.
-SIREN_DEVICE void largest_worker(const Block& b, float& value, int& index) {
-  const auto take = [&](float other, int at) {
-    if (other > value || (other == value && at < index)) {
-      value = other;
-      index = at;
+  SIREN_DEVICE double sum(double value) {
+    float none = 0;
+    int index = 0;
+    return sum_and_largest(value, none, index);
+  }
+
+  // `value`, `index`: the largest value and the lowest index that has it.
+  SIREN_DEVICE double sum_and_largest(double sum, float& value, int& index) {
+    const auto take = [&](float other, int at) {
+      if (other > value || (other == value && at < index)) {
+        value = other;
+        index = at;
+      }
+    };
+    for (int mask = 16; mask > 0; mask /= 2) {
+      sum += shuffle_xor(sum, mask);
+      const float other = shuffle_xor(value, mask);
+      take(other, shuffle_xor(index, mask));
     }
-  };
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const float other = shuffle_xor(value, mask);
-    const int at = shuffle_xor(index, mask);
-    take(other, at);
+    Flags& flags = b.flags();
+    if (lane() == 0) {
+      flags.sum[turn][warp()] = sum;
+      flags.value[turn][warp()] = value;
+      flags.index[turn][warp()] = index;
+    }
+    worker_sync();
+    sum = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      sum += flags.sum[turn][w];
+      take(flags.value[turn][w], flags.index[turn][w]);
+    }
+    turn ^= 1;
+    return sum;
   }
-  worker_sync();
-  if (lane() == 0) {
-    b.flags().value[warp()] = value;
-    b.flags().index[warp()] = index;
-  }
-  worker_sync();
-  for (int w = 0; w < kWarps; ++w) take(b.flags().value[w], b.flags().index[w]);
-}
+};
 
 // Integers in the order of the floats; no NaN.
 SIREN_DEVICE uint32_t order(float value) {
@@ -64,7 +72,7 @@ struct Allowed {
 };
 
 struct Row {
-  const Block& b;
+  Reduction& workers;
   const float* scaled;  // logits / temperature
   const float* weight;  // exp(scaled - largest)
   int codes;
@@ -74,7 +82,7 @@ struct Row {
   SIREN_DEVICE double sum(Term term) const {
     double own = 0;
     for (int v = thread(); v < codes; v += kWorkers) own += term(v);
-    return sum_workers(b, own);
+    return workers.sum(own);
   }
 
   // The largest key such that the terms of the codes at or above it reach `needed`, and of the codes at it only so many,
@@ -100,43 +108,48 @@ struct Row {
 SIREN_DEVICE void draw(const Block& b, const Instruction& in) {
   const Arguments& args = b.args;
   const int codes = args.codes_per_codebook;
-  const bool greedy = args.temperature == 0;
-  const float temperature = greedy ? 1.0f : args.temperature;
+  const float infinity = __builtin_huge_valf();
+  const bool noisy = args.temperature > 0 && !args.forced;
+  const bool truncated = noisy && ((args.top_k > 0 && args.top_k < codes) || args.top_p < 1.0);
+  const float temperature = args.temperature > 0 ? args.temperature : 1.0f;
+  // A thread reads what it wrote itself, but for one code in the end.
   float* const scaled = b.scratch();
   float* const weight = scaled + codes;
+  Reduction workers{b};
   for (int sequence = in.first; sequence < in.first + in.count; ++sequence) {
     const int at = in.codebook * args.sequences + sequence;
     const float* logits = args.arena + args.logits + static_cast<int64_t>(at) * codes;
     const float* noise = args.arena + args.noise + static_cast<int64_t>(at) * codes;
-    const float infinity = __builtin_huge_valf();
-    float largest = -infinity;
-    int index = codes;
-    double bad = 0;
     worker_sync();  // the row before has been read
+    float largest = -infinity, best = -infinity;
+    int index = codes, code = codes;
+    double total = 0;
     for (int v = thread(); v < codes; v += kWorkers) {
-      const float logit = load(logits + v);
-      if (logit != logit) bad += 1;
-      scaled[v] = logit / temperature;
-      if (scaled[v] > largest) {
-        largest = scaled[v];
+      const float value = load(logits + v) / temperature;
+      scaled[v] = value;
+      if (value != value) total += 1;
+      if (value > largest) {
+        largest = value;
         index = v;
       }
     }
-    bad = sum_workers(b, bad);
-    largest_worker(b, largest, index);
-    const bool sound = bad == 0 && largest > -infinity && largest < infinity;
-    int code = 0;
+    total = workers.sum_and_largest(total, largest, index);
+    const bool sound = total == 0 && largest > -infinity && largest < infinity;
     float logprob = __builtin_nanf("");
     if (sound) {
-      const Row row{b, scaled, weight, codes};
-      for (int v = thread(); v < codes; v += kWorkers) weight[v] = expf(scaled[v] - largest);
-      const double total = row.sum([&](int v) { return static_cast<double>(weight[v]); });
-      const float log_total = largest + static_cast<float>(log(total));
-      if (args.forced) {
-        code = args.forced[(b.frame * args.codebooks + in.codebook) * args.sequences + sequence];
-      } else if (greedy) {
-        code = index;
-      } else {
+      total = 0;
+      for (int v = thread(); v < codes; v += kWorkers) {
+        weight[v] = expf(scaled[v] - largest);
+        total += weight[v];
+        const float score = noisy ? scaled[v] + load(noise + v) : scaled[v];
+        if (score > best) {
+          best = score;
+          code = v;
+        }
+      }
+      total = workers.sum_and_largest(total, best, code);
+      if (truncated) {
+        const Row row{workers, scaled, weight, codes};
         Allowed allowed{0, codes};
         if (args.top_k > 0 && args.top_k < codes)
           allowed = row.least_reaching(args.top_k, allowed, [](int) { return 1.0; });
@@ -145,7 +158,7 @@ SIREN_DEVICE void draw(const Block& b, const Instruction& in) {
           const double all = row.sum([&](int v) { return allowed(scaled[v], v) ? mass(v) : 0.0; });
           allowed = row.least_reaching(args.top_p * all, allowed, mass);
         }
-        float best = -infinity;
+        best = -infinity;
         code = codes;
         for (int v = thread(); v < codes; v += kWorkers) {
           const float score = scaled[v] + load(noise + v);
@@ -154,9 +167,12 @@ SIREN_DEVICE void draw(const Block& b, const Instruction& in) {
             code = v;
           }
         }
-        largest_worker(b, best, code);
+        workers.sum_and_largest(0, best, code);
       }
-      logprob = scaled[code] - log_total;
+      if (args.forced) code = args.forced[(b.frame * args.codebooks + in.codebook) * args.sequences + sequence];
+      logprob = scaled[code] - (largest + static_cast<float>(log(total)));
+    } else {
+      code = 0;
     }
     if (thread() == 0) {
       reinterpret_cast<int32_t*>(args.arena + args.codes)[at] = code;

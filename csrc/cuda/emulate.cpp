@@ -45,7 +45,8 @@ void check(Arguments& args) {
   range("staged_bytes", args.staged_bytes, 0, kEmulatedShared);
   range("spin_limit", args.spin_limit, 1, kMost);
   expect(args.instructions && args.starts && args.arena, "instructions, starts and arena must not be null");
-  for (int s = 0; s < args.sms; ++s) expect(args.starts[s] >= 0 && args.starts[s] <= args.starts[s + 1], "starts must ascend");
+  for (int s = 0; s < args.sms; ++s)
+    expect(args.starts[s] >= 0 && args.starts[s] <= args.starts[s + 1], "starts must ascend");
   const int stages = ring_stages(args, kEmulatedShared);
   expect(stages >= 2, "staged_bytes leaves no room for two stages of weights");
   if (args.stages == 0) args.stages = stages;
@@ -57,8 +58,8 @@ void check(Arguments& args) {
 Emulation::Emulation(const Arguments& arguments, uint64_t seed) : args_(arguments) {
   check(args_);
   progress_.assign(args_.sms, static_cast<uint32_t>(args_.first_operation));
-  control_[0] = args_.frames;
-  control_[1] = 0;
+  control_[kFrameLimit] = args_.frames;
+  control_[kAbort] = 0;
   args_.progress = progress_.data();
   args_.control = control_;
   args_.host = host_;
@@ -91,8 +92,8 @@ Emulation::~Emulation() {
 
 // The kernel counts a frame when the next one begins, so not the last.
 int Emulation::frames_done() const {
-  if (finished_ && !error_ && !host_[2]) return control_[0];
-  return __atomic_load_n(&host_[0], __ATOMIC_ACQUIRE);
+  if (finished_ && !error_ && !host_[kGaveUp]) return host_[kFramesRun];
+  return __atomic_load_n(&host_[kFramesDone], __ATOMIC_ACQUIRE);
 }
 
 int Emulation::wait(int seen, int milliseconds) {
@@ -110,15 +111,15 @@ bool Emulation::finished() {
   return finished_;
 }
 
-void Emulation::cancel() { __atomic_store_n(&host_[1], 1, __ATOMIC_RELEASE); }
+void Emulation::cancel() { __atomic_store_n(&host_[kCancel], 1, __ATOMIC_RELEASE); }
 
 void Emulation::result() {
   std::unique_lock<std::mutex> guard(lock_);
   ended_.wait(guard, [this] { return finished_; });
   if (error_) std::rethrow_exception(error_);
-  if (host_[2])
-    throw std::runtime_error("operation " + std::to_string(host_[4]) + " on SM " + std::to_string(host_[3]) + " of frame " +
-                             std::to_string(host_[5]) + " waited for too long");
+  if (host_[kGaveUp])
+    throw std::runtime_error("operation " + std::to_string(host_[kGaveUpOperation]) + " on SM " + std::to_string(host_[kGaveUpSm]) +
+                             " of frame " + std::to_string(host_[kGaveUpFrame]) + " waited for too long");
 }
 
 }  // namespace siren::cuda

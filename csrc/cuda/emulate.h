@@ -40,8 +40,8 @@ class Emulation {
 
   Arguments args_;
   std::vector<uint32_t> progress_;
-  int32_t control_[2];     // what program.h says of these
-  int32_t host_[6] = {};
+  int32_t control_[kControlWords];
+  int32_t host_[kHostWords] = {};
   std::unique_ptr<fibers::Scheduler> scheduler_;
   std::mutex lock_;
   std::condition_variable ended_;

@@ -1,11 +1,8 @@
 #include "fibers.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -14,140 +11,23 @@ namespace siren::fibers {
 
 namespace {
 
-// Memory is touched, and so taken, only as deep as a fiber goes. The odd lines beside 64 KB keep the tops of the stacks
-// from all falling into the same sets of the caches.
-constexpr size_t kStackBytes = 64 * 1024 + 13 * 64;
-constexpr size_t kSpareBytes = 1024;  // of a stack that must still be free when its fiber waits
-
+constexpr size_t kSpareBytes = 1024;           // of a stack that must still be free when its fiber waits
 constexpr uint64_t kMbarrierMark = 0x5ba221e4ull << 32;
 constexpr int64_t kMostBytes = (1 << 20) - 1;  // that a phase of an mbarrier can expect
 
-#ifdef SIREN_USE_UCONTEXT
-
-void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
-
-void make_context(Context& context, uint8_t* stack, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStackBytes;
-  context.uc_link = nullptr;
-  makecontext(&context, entry, 0);
+std::string place(const Fiber& fiber) {
+  return "block " + std::to_string(fiber.block) + ", thread " + std::to_string(fiber.thread);
 }
-
-#else
-
-// Pushes what a called function must keep, swaps the stacks, and pops the same of the other fiber.
-extern "C" void switch_stacks(void** from, void* to) __asm__("siren_switch_stacks");
-
-#if defined(__x86_64__)
-__asm__(
-    ".text\n"
-    ".p2align 4\n"
-    "siren_switch_stacks:\n"
-    "  pushq %rbp\n"
-    "  pushq %rbx\n"
-    "  pushq %r12\n"
-    "  pushq %r13\n"
-    "  pushq %r14\n"
-    "  pushq %r15\n"
-    "  movq %rsp, (%rdi)\n"
-    "  movq %rsi, %rsp\n"
-    "  popq %r15\n"
-    "  popq %r14\n"
-    "  popq %r13\n"
-    "  popq %r12\n"
-    "  popq %rbx\n"
-    "  popq %rbp\n"
-    "  ret\n");
-constexpr int kFrameWords = 8;  // six registers, where to go on, and the return address of that
-constexpr int kEntryWord = 6;
-#else
-__asm__(
-    ".text\n"
-    ".p2align 4\n"
-    "siren_switch_stacks:\n"
-    "  sub sp, sp, #160\n"
-    "  stp x19, x20, [sp, #0]\n"
-    "  stp x21, x22, [sp, #16]\n"
-    "  stp x23, x24, [sp, #32]\n"
-    "  stp x25, x26, [sp, #48]\n"
-    "  stp x27, x28, [sp, #64]\n"
-    "  stp x29, x30, [sp, #80]\n"
-    "  stp d8, d9, [sp, #96]\n"
-    "  stp d10, d11, [sp, #112]\n"
-    "  stp d12, d13, [sp, #128]\n"
-    "  stp d14, d15, [sp, #144]\n"
-    "  mov x9, sp\n"
-    "  str x9, [x0]\n"
-    "  mov sp, x1\n"
-    "  ldp x19, x20, [sp, #0]\n"
-    "  ldp x21, x22, [sp, #16]\n"
-    "  ldp x23, x24, [sp, #32]\n"
-    "  ldp x25, x26, [sp, #48]\n"
-    "  ldp x27, x28, [sp, #64]\n"
-    "  ldp x29, x30, [sp, #80]\n"
-    "  ldp d8, d9, [sp, #96]\n"
-    "  ldp d10, d11, [sp, #112]\n"
-    "  ldp d12, d13, [sp, #128]\n"
-    "  ldp d14, d15, [sp, #144]\n"
-    "  add sp, sp, #160\n"
-    "  ret\n");
-constexpr int kFrameWords = 20;
-constexpr int kEntryWord = 11;  // x30
-#endif
-
-void switch_context(Context& from, Context& to) { switch_stacks(&from.stack, to.stack); }
-
-void make_context(Context& context, uint8_t* stack, void (*entry)()) {
-  uintptr_t top = reinterpret_cast<uintptr_t>(stack) + kStackBytes;
-  void** frame = reinterpret_cast<void**>(top - top % 16) - kFrameWords;
-  std::fill(frame, frame + kFrameWords, nullptr);
-  frame[kEntryWord] = reinterpret_cast<void*>(entry);
-  context.stack = frame;
-}
-
-#endif
-
-std::string place(int block, int thread) { return "block " + std::to_string(block) + ", thread " + std::to_string(thread); }
 
 bool inside(const void* pointer, int bytes, const uint8_t* shared, int shared_bytes) {
   const auto* at = static_cast<const uint8_t*>(pointer);
   return at >= shared && at + bytes <= shared + shared_bytes;
 }
 
-// Memory of zeros or of an earlier grid. The last one is kept for the next: to have its pages given anew would cost
-// more than a short grid, and tests run thousands of those.
-constexpr size_t kMostKept = size_t{512} << 20;
-std::mutex kept_lock;
-void* kept_memory = nullptr;
-size_t kept_bytes = 0;
-
-void* take_memory(size_t& bytes) {
-  {
-    std::lock_guard<std::mutex> guard(kept_lock);
-    if (kept_memory && kept_bytes >= bytes) {
-      bytes = std::exchange(kept_bytes, 0);
-      return std::exchange(kept_memory, nullptr);
-    }
-  }
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("no memory for a grid of " + std::to_string(bytes) + " bytes");
-  return memory;
-}
-
-void give_memory(void* memory, size_t bytes) {
-  if (bytes <= kMostKept) {
-    std::lock_guard<std::mutex> guard(kept_lock);
-    std::swap(memory, kept_memory);
-    std::swap(bytes, kept_bytes);
-  }
-  if (memory) munmap(memory, bytes);
-}
-
 }  // namespace
 
 void misuse(const std::string& message) {
-  throw std::runtime_error(place(current_fiber->block, current_fiber->thread) + ": " + message);
+  throw std::runtime_error(place(*current_fiber) + ": " + message);
 }
 
 Scheduler::Scheduler(int blocks, int shared_bytes, uint64_t seed, int64_t idle_limit)
@@ -159,7 +39,8 @@ Scheduler::Scheduler(int blocks, int shared_bytes, uint64_t seed, int64_t idle_l
       random_(seed * 0x9e3779b97f4a7c15ull),  // 0 only for 0: the factor is odd
       live_(static_cast<int64_t>(blocks) * kThreads) {
   const size_t shared_total = static_cast<size_t>(blocks) * shared_bytes_;
-  memory_bytes_ = shared_total + (fibers_.size() + 1) * kStackBytes;  // the first stack may run over, before that is seen
+  // The first stack may run over a little before that is seen.
+  memory_bytes_ = shared_total + (fibers_.size() + 1) * kStackBytes;
   memory_ = take_memory(memory_bytes_);
   auto* shared = static_cast<uint8_t*>(memory_);
   std::memset(shared, 0xFF, shared_total);  // whoever reads what nobody wrote reads NaN
@@ -413,7 +294,8 @@ void Scheduler::settle(Mbarrier& barrier) {
 void Scheduler::mbarrier_arrive(uint64_t* word, int bytes) {
   Mbarrier& barrier = mbarrier_of(word);
   if (barrier.missing == 0) misuse("an arrival too many at an mbarrier");
-  if (bytes < 0 || barrier.bytes + bytes > kMostBytes) misuse("an mbarrier that expects " + std::to_string(bytes) + " bytes more");
+  if (bytes < 0 || barrier.bytes + bytes > kMostBytes)
+    misuse("an mbarrier that expects " + std::to_string(bytes) + " bytes more");
   barrier.bytes += bytes;
   --barrier.missing;
   settle(barrier);
@@ -469,8 +351,9 @@ void Scheduler::deadlock() const {
       text += ", ...";
       break;
     }
-    text += (listed == 1 ? ": " : "; ") + std::to_string(count) + " of block " + std::to_string(std::get<0>(where)) + ", warp " +
-            std::to_string(std::get<1>(where)) + " in " + std::get<2>(where);
+    const auto& [block, warp, name] = where;
+    text += (listed == 1 ? ": " : "; ") + std::to_string(count) + " of block " + std::to_string(block) + ", warp " +
+            std::to_string(warp) + " in " + name;
   }
   throw std::runtime_error(text);
 }

@@ -13,26 +13,14 @@
 #include <string>
 #include <vector>
 
+#include "context.h"
 #include "program.h"
-
-#if defined(SIREN_UCONTEXT) || !(defined(__x86_64__) || defined(__aarch64__))
-#include <ucontext.h>
-#define SIREN_USE_UCONTEXT 1
-#endif
 
 namespace siren::fibers {
 
 using cuda::kThreads;
 using cuda::kWorkers;
 constexpr int kBlockWarps = kThreads / 32;
-
-#ifdef SIREN_USE_UCONTEXT
-using Context = ucontext_t;
-#else
-struct Context {
-  void* stack;  // where the registers lie
-};
-#endif
 
 struct Warp {
   int block, number;          // in the grid, in the block

@@ -42,7 +42,8 @@ inline int32_t load(const int32_t* from) { return load_aligned<int32_t>(from); }
 inline uint16_t load(const uint16_t* from) { return load_aligned<uint16_t>(from); }
 
 inline void store4(float* to, const Four& value) {
-  if (reinterpret_cast<uintptr_t>(to) % 16) fibers::misuse("a store of 16 bytes to an address that is not aligned to them");
+  if (reinterpret_cast<uintptr_t>(to) % 16)
+    fibers::misuse("a store of 16 bytes to an address that is not aligned to them");
   std::memcpy(to, &value, sizeof value);
 }
 
@@ -104,18 +105,26 @@ inline T exchange(const char* name, T value, int source) {
   return own.received;
 }
 
-inline float shuffle_xor(float value, int mask) { return exchange("shuffle_xor of float", value, thread() % 32 ^ mask); }
-inline double shuffle_xor(double value, int mask) { return exchange("shuffle_xor of double", value, thread() % 32 ^ mask); }
+inline float shuffle_xor(float value, int mask) {
+  return exchange("shuffle_xor of float", value, thread() % 32 ^ mask);
+}
+inline double shuffle_xor(double value, int mask) {
+  return exchange("shuffle_xor of double", value, thread() % 32 ^ mask);
+}
 inline int shuffle_xor(int value, int mask) { return exchange("shuffle_xor of int", value, thread() % 32 ^ mask); }
 inline int shuffle(int value, int source) { return exchange("shuffle", value, source & 31); }
 
-inline void mbarrier_init(uint64_t* barrier, int arrivals) { fibers::current_scheduler->mbarrier_init(barrier, arrivals); }
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  fibers::current_scheduler->mbarrier_init(barrier, arrivals);
+}
 inline void mbarrier_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier) {
   fibers::current_scheduler->hesitate();
   fibers::current_scheduler->mbarrier_arrive(barrier, 0);
 }
-inline bool mbarrier_try(uint64_t* barrier, int parity) { return fibers::current_scheduler->mbarrier_try(barrier, parity); }
+inline bool mbarrier_try(uint64_t* barrier, int parity) {
+  return fibers::current_scheduler->mbarrier_try(barrier, parity);
+}
 
 struct BulkCopy {
   void* shared;
@@ -128,7 +137,8 @@ inline const BulkCopy& same_in_all_lanes(void* const* slots) {
   const auto& first = *static_cast<const BulkCopy*>(slots[0]);
   for (int lane = 1; lane < 32; ++lane) {
     const auto& other = *static_cast<const BulkCopy*>(slots[lane]);
-    if (other.shared != first.shared || other.global != first.global || other.bytes != first.bytes || other.barrier != first.barrier)
+    if (other.shared != first.shared || other.global != first.global || other.bytes != first.bytes ||
+        other.barrier != first.barrier)
       fibers::misuse("the lanes of a warp want different copies");
   }
   return first;
@@ -186,7 +196,8 @@ inline void multiply(void* const* slots) {
       for (int half = 0; half < 2; ++half)
         a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = float_of(half ? own.a[i] & 0xffff0000u : own.a[i] << 16);
     for (int i = 0; i < 2; ++i)
-      for (int half = 0; half < 2; ++half) b[2 * t + i * 8 + half][g] = float_of(half ? own.b[i] & 0xffff0000u : own.b[i] << 16);
+      for (int half = 0; half < 2; ++half)
+        b[2 * t + i * 8 + half][g] = float_of(half ? own.b[i] & 0xffff0000u : own.b[i] << 16);
     for (int i = 0; i < 4; ++i) c[g + i / 2 * 8][2 * t + i % 2] = own.c[i];
   }
   for (int row = 0; row < 16; ++row)
@@ -222,7 +233,8 @@ inline uint32_t widen_fp8(uint32_t pair) {
 }
 
 inline uint64_t nanoseconds() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
 }
 
 }  // namespace siren::cuda

@@ -39,12 +39,10 @@ class OnDevice {
   int before_ = 0;
 };
 
-enum HostWord { kFramesDone, kCancel, kAbort, kAbortSm, kAbortOperation, kAbortFrame, kHostWords };
-
 }  // namespace
 
 struct Launch {
-  int device = 0, frames = 0;
+  int device = 0;
   cudaStream_t stream = nullptr;
   cudaEvent_t ended = nullptr;
   uint32_t* words = nullptr;  // on the device: progress, then control
@@ -73,15 +71,14 @@ Launch* launch(const Arguments& given, void* stream, int device) {
 
   auto own = std::make_unique<Launch>();
   own->device = device;
-  own->frames = args.frames;
   own->stream = static_cast<cudaStream_t>(stream);
   check(cudaEventCreateWithFlags(&own->ended, cudaEventDisableTiming), "creating an event");
   check(cudaHostAlloc(reinterpret_cast<void**>(&own->host), kHostWords * sizeof(int32_t), cudaHostAllocMapped), "allocating pinned memory");
   std::fill_n(own->host, static_cast<int>(kHostWords), 0);
 
-  std::vector<uint32_t> first(args.sms + 2, static_cast<uint32_t>(args.first_operation));
-  first[args.sms] = static_cast<uint32_t>(args.frames);
-  first[args.sms + 1] = 0;
+  std::vector<uint32_t> first(args.sms + kControlWords, static_cast<uint32_t>(args.first_operation));
+  first[args.sms + kFrameLimit] = static_cast<uint32_t>(args.frames);
+  first[args.sms + kAbort] = 0;
   const size_t bytes = first.size() * sizeof(uint32_t);
   check(cudaMallocAsync(reinterpret_cast<void**>(&own->words), bytes, own->stream), "allocating memory");
   // Pageable memory is copied out before the call returns, so `first` may go.
@@ -104,10 +101,8 @@ Launch* launch(const Arguments& given, void* stream, int device) {
 bool finished(Launch* launch) { return cudaEventQuery(launch->ended) != cudaErrorNotReady; }
 
 int frames_done(Launch* launch) {
-  if (cudaEventQuery(launch->ended) == cudaSuccess && *static_cast<volatile int32_t*>(launch->host + kCancel) == 0 &&
-      launch->host[kAbort] == 0)
-    return launch->frames;
-  return *static_cast<volatile int32_t*>(launch->host + kFramesDone);
+  const HostWord word = cudaEventQuery(launch->ended) == cudaSuccess && launch->host[kGaveUp] == 0 ? kFramesRun : kFramesDone;
+  return *static_cast<volatile int32_t*>(launch->host + word);
 }
 
 void cancel(Launch* launch) { *static_cast<volatile int32_t*>(launch->host + kCancel) = 1; }
@@ -117,9 +112,9 @@ void finish(Launch* launch) {
   const OnDevice on(own->device);
   check(cudaEventSynchronize(own->ended), "running the kernel");
   const int32_t* host = own->host;
-  if (host[kAbort] != 0)
-    throw std::runtime_error("operation " + std::to_string(host[kAbortOperation]) + " on SM " + std::to_string(host[kAbortSm]) +
-                             " of frame " + std::to_string(host[kAbortFrame]) + " waited for too long");
+  if (host[kGaveUp] != 0)
+    throw std::runtime_error("operation " + std::to_string(host[kGaveUpOperation]) + " on SM " + std::to_string(host[kGaveUpSm]) +
+                             " of frame " + std::to_string(host[kGaveUpFrame]) + " waited for too long");
 }
 
 }  // namespace siren::cuda

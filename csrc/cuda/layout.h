@@ -19,9 +19,9 @@ struct Flags {
   volatile int alive;    // 0: a worker's wait took too long, here or on another SM
   volatile int stop;     // the frame after the last one: nothing more to stream
   int begin, end;        // this SM's instructions; here because registers are scarce
-  volatile float value[kWarps];  // results of a reduction, a warp each
-  volatile double sum[kWarps];
-  volatile int index[kWarps];
+  double sum[2][kWarps];   // results of the warps in a reduction, in two buffers used in turn
+  float value[2][kWarps];
+  int index[2][kWarps];
 };
 
 SIREN_CUDA_BOTH int most(int a, int b) { return a > b ? a : b; }
@@ -34,7 +34,7 @@ SIREN_CUDA_BOTH Layout shared_layout(const Arguments& args) {
   // Scratch: a draw's scaled logits and weights; the warps' parts of an attention, for two items.
   const int draw = 8 * args.codes_per_codebook, attention = 8 * kWarps * (args.head_dim + 2);
   l.partial = l.staged + (most(args.staged_bytes, most(draw, attention)) + 127) / 128 * 128;
-  l.sums = l.partial + 4 * kWarps * kBlockTiles * 64;
+  l.sums = l.partial + 2 * 4 * kWarps * kBlockTiles * 64;
   l.squares = l.sums + 4 * kMaxRows / 8 * kBlockTiles * 64;
   l.full = l.squares + 4 * kMaxRows * kWarps;
   l.empty = l.full + 8 * args.stages;
@@ -66,18 +66,34 @@ struct Block {
   SIREN_DEVICE int time() const { return args.first_frame + frame; }  // frames of the session before this one
 };
 
+// Lanes that share a head's columns, 8 each: a power of two, so that shuffles can add them up.
+SIREN_DEVICE int lanes_per_head(int head_dim) {
+  int lanes = 1;
+  while (8 * lanes < head_dim) lanes *= 2;
+  return lanes;
+}
+
+struct Eight {
+  float v[8];
+};
+
+SIREN_DEVICE Eight load8(const float* from) {
+  const Four low = load4(from), high = load4(from + 4);
+  return {{low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]}};
+}
+
 // Polls until `ready`, at most spin_limit times; then the launch is over, for every SM, with an error.
 template <class Ready>
 SIREN_DEVICE bool wait_until(const Block& b, int operation, Ready ready) {
   for (int spins = 0; !ready(); ++spins) {
     relax();
     if (spins % 64 != 63) continue;
-    if (b.flags().alive && load_relaxed(b.args.control + 1) == 0 && spins < b.args.spin_limit) continue;
-    if (b.flags().alive && set_first(b.args.control + 1, 1)) {
-      store_host(b.args.host + 3, block());
-      store_host(b.args.host + 4, operation);
-      store_host(b.args.host + 5, b.frame);
-      store_host(b.args.host + 2, 1);
+    if (b.flags().alive && load_relaxed(b.args.control + kAbort) == 0 && spins < b.args.spin_limit) continue;
+    if (b.flags().alive && set_first(b.args.control + kAbort, 1)) {
+      store_host(b.args.host + kGaveUpSm, block());
+      store_host(b.args.host + kGaveUpOperation, operation);
+      store_host(b.args.host + kGaveUpFrame, b.frame);
+      store_host(b.args.host + kGaveUp, 1);
     }
     return false;
   }

@@ -29,8 +29,8 @@ SIREN_DEVICE void load_weights(Format format, const uint8_t* fragment, uint32_t 
   }
 }
 
-// Where an output goes. `n`: of the whole matrix.
-SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int n, float value) {
+// Where an output goes. `n`: of the whole matrix; `neighbour`: the output n + 1, for the even n of swiglu.
+SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int n, float value, float neighbour) {
   const Arguments& args = b.args;
   const int kv = args.kv_heads * args.head_dim;
   float* const output = args.arena + in.output;
@@ -67,43 +67,48 @@ SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int
         args.arena[args.dkv + at * 2 * kv + n - args.dim] = value;
       }
       break;
-    default:
-      break;  // put_outputs knows what swiglu and logits need
+    case Target::swiglu:
+      if (n % 2 == 0) output[static_cast<int64_t>(row) * args.hidden + n / 2] = value / (1.0f + expf(-value)) * neighbour;
+      break;
+    case Target::logits:
+      output[static_cast<int64_t>(row) * args.codes_per_codebook + n] = value;
+      break;
   }
 }
 
-// What is left of an output's sum: its scale and its row's norm.
-SIREN_DEVICE float finished(const Block& b, const Instruction& in, int row, int t, int n, int tile) {
-  float sum = b.sums()[(row / 8 * kBlockTiles + t) * 64 + row % 8 * 8 + n];
-  if (b.args.format != static_cast<int>(Format::bf16)) sum *= load(b.args.vectors + in.scale + (in.first + tile + t) * kTileRows + n);
-  if (in.norm < 0) return sum;
-  float squares = 0;
-  for (int w = 0; w < kWarps; ++w) squares += b.squares()[row * kWarps + w];
-  return sum * (1.0f / sqrtf(squares / static_cast<float>(in.columns) + b.args.eps));
-}
-
-// The outputs of a block of tiles to where they belong.
-SIREN_DEVICE void put_outputs(const Block& b, const Instruction& in, int tile, int tiles) {
+// An output with guidance: the rows with the prompt come first, then as many without it. Their sums are in `sums`.
+SIREN_DEVICE void put_guided(const Block& b, const Instruction& in, int tile, int tiles) {
   const Arguments& args = b.args;
-  for (int item = thread(); item < in.rows * 8 * tiles; item += kWorkers) {
+  const auto sum = [&](int row, int t, int e) { return b.sums()[(row / 8 * kBlockTiles + t) * 64 + row % 8 * 8 + e]; };
+  for (int item = thread(); item < args.sequences * 8 * tiles; item += kWorkers) {
     const int e = item % 8, t = item / 8 % tiles, row = item / (8 * tiles), n = (in.first + tile + t) * kTileRows + e;
-    if (in.target == static_cast<int>(Target::swiglu)) {
-      if (e % 2 != 0) continue;
-      const float gate = finished(b, in, row, t, e, tile), value = finished(b, in, row, t, e + 1, tile);
-      args.arena[in.output + row * args.hidden + n / 2] = gate / (1.0f + expf(-gate)) * value;
-    } else if (in.target == static_cast<int>(Target::logits)) {
-      // With guidance the rows with the prompt come first, then as many without it.
-      if (row >= args.sequences) continue;
-      float logit = finished(b, in, row, t, e, tile);
-      if (in.rows > args.sequences) {
-        const float without = finished(b, in, row + args.sequences, t, e, tile);
-        logit = without + args.guidance * (logit - without);
-      }
-      args.arena[in.output + row * args.codes_per_codebook + n] = logit;
-    } else {
-      put_output(b, in, row, n, finished(b, in, row, t, e, tile));
-    }
+    const float with = sum(row, t, e), without = sum(row + args.sequences, t, e);
+    args.arena[in.output + row * args.codes_per_codebook + n] = without + args.guidance * (with - without);
   }
+}
+
+// The sums of a group of 8 rows over the warps, a worker for each, to where they belong after the `last` columns.
+SIREN_DEVICE void add_warps(const Block& b, const Instruction& in, const float* partial, int tile, int tiles, int group,
+                            bool fresh, bool last) {
+  const int t = thread() / 64, e = thread() % 8, row = 8 * group + thread() / 8 % 8;
+  const int n = (in.first + tile + t) * kTileRows + e;
+  float* const own = b.sums() + group * kBlockTiles * 64 + thread();
+  float sum = fresh ? 0 : *own;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += partial[w * kBlockTiles * 64 + thread()];
+  if (!last) {
+    *own = sum;
+    return;
+  }
+  const bool used = t < tiles && row < in.rows;
+  if (used && b.args.format != static_cast<int>(Format::bf16)) sum *= load(b.args.vectors + in.scale + n);
+  if (used && in.norm >= 0) sum *= b.squares()[row * kWarps];
+  if (in.target == static_cast<int>(Target::logits) && in.rows > b.args.sequences) {
+    *own = sum;
+    return;
+  }
+  const float neighbour = shuffle_xor(sum, 1);
+  if (used) put_output(b, in, row, n, sum, neighbour);
 }
 
 SIREN_DEVICE void matmul(const Block& b, const Instruction& in, Ring& ring) {
@@ -111,9 +116,10 @@ SIREN_DEVICE void matmul(const Block& b, const Instruction& in, Ring& ring) {
   constexpr int kSlabs = kMaxRows / 16;
   const int rows = in.rows;
   const int stride = row_stride(in), slabs = (rows + 15) / 16, g = lane() / 4;
-  const bool stacked = rows <= 8;
+  const bool stacked = rows <= 8, guided = in.target == static_cast<int>(Target::logits) && rows > b.args.sequences;
   const Format format = static_cast<Format>(b.args.format);
   const int bytes = fragment_bytes(b.args.format);
+  int turn = 0;  // of the two buffers of the warps' sums: one barrier a group is enough
   for (int tile = 0; tile < in.count; tile += kBlockTiles) {
     const int tiles = least(kBlockTiles, in.count - tile), most_steps = piece_steps(tiles, in.chunk);
     for (int column = 0; column < in.columns; column += in.chunk) {
@@ -159,29 +165,37 @@ SIREN_DEVICE void matmul(const Block& b, const Instruction& in, Ring& ring) {
         if (lane() == 0) mbarrier_arrive(ring.empty());
         ring.advance();
       }
+      const bool last = column + in.chunk >= in.columns;
+      if (tile == 0 && last && in.norm >= 0)
+        for (int row = thread(); row < rows; row += kWorkers) {
+          float* squares = b.squares() + row * kWarps;
+          float sum = 0;
+          for (int w = 0; w < kWarps; ++w) sum += squares[w];
+          squares[0] = 1.0f / sqrtf(sum / static_cast<float>(in.columns) + b.args.eps);
+        }
 #pragma unroll
       for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll 1
         for (int group = 2 * slab; group < 2 * slab + 2 && 8 * group < rows; ++group) {
           const bool lower = group % 2 != 0;
-          float* const to = b.partial() + warp() * kBlockTiles * 64 + 8 * g + 2 * (lane() % 4);
-          worker_sync();  // the sums before have been read
+          float* const partial = b.partial() + turn * kWarps * kBlockTiles * 64;
+          float* const to = partial + warp() * kBlockTiles * 64 + 8 * g + 2 * (lane() % 4);
 #pragma unroll
           for (int t = 0; t < kBlockTiles; ++t) {
             const float* sum = sums[t][slab];
             to[64 * t] = stacked ? sum[0] + sum[2] : lower ? sum[2] : sum[0];
             to[64 * t + 1] = stacked ? sum[1] + sum[3] : lower ? sum[3] : sum[1];
           }
+          turn ^= 1;
           worker_sync();
-          float* const all = b.sums() + group * kBlockTiles * 64 + thread();
-          float sum = 0;
-          for (int w = 0; w < kWarps; ++w) sum += b.partial()[w * kBlockTiles * 64 + thread()];
-          *all = column == 0 ? sum : *all + sum;
+          add_warps(b, in, partial, tile, tiles, group, column == 0, last);
         }
       }
     }
-    worker_sync();
-    put_outputs(b, in, tile, tiles);
+    if (guided) {
+      worker_sync();
+      put_guided(b, in, tile, tiles);
+    }
   }
 }
 

@@ -82,13 +82,26 @@ struct Instruction {
 };
 static_assert(sizeof(Instruction) == 128, "siren/program.py writes 32 numbers an instruction");
 
+// What the host and the kernel tell each other, in the host's memory; and what the blocks share on the device.
+enum HostWord : int32_t {
+  kFramesDone,  // set when the next frame begins
+  kCancel,      // by the host: end after the frame that you are in
+  kGaveUp,      // a wait took too long: where
+  kGaveUpSm,
+  kGaveUpOperation,
+  kGaveUpFrame,
+  kFramesRun,   // set at the end
+  kHostWords,
+};
+enum ControlWord : int32_t { kFrameLimit, kAbort, kControlWords };
+
 // Where everything lies in a block's shared memory, in bytes; layout.h works it out.
 struct Layout {
   int ring;          // stages of weights
   int staged;        // activations of a matmul; scratch of the other operations
-  int partial;       // sums of the warps of a matmul: [kWarps][kBlockTiles][8 rows][8 outputs]
+  int partial;       // sums of the warps of a matmul: [2][kWarps][kBlockTiles][8 rows][8 outputs]
   int sums;          // of all warps: [groups of 8 rows][kBlockTiles][8 rows][8 outputs]
-  int squares;       // [kMaxRows][kWarps]: sums of squares of the staged rows
+  int squares;       // [kMaxRows][kWarps]: sums of squares of the staged rows; then first in a row its norm's factor
   int full, empty;   // mbarriers of the stages
   int instructions;  // this and the next
   int flags;
@@ -118,8 +131,8 @@ struct Arguments {
   int32_t* codes_out;             // [frames][J][B]
   float* logprobs_out;            // [frames][J][B]; NaN: the logits could not be drawn from
   uint32_t* progress;             // [sms], first_operation at the start
-  int32_t* control;               // on the device: frames to run, abort
-  int32_t* host;                  // in the host's memory: frames done, cancel, abort, and of an abort the SM, operation, frame
+  int32_t* control;               // [kControlWords], the limit `frames` at the start
+  int32_t* host;                  // [kHostWords], zero at the start
   uint64_t* trace;                // null, or nanoseconds [instructions][2] of the last frame: waited for, done
 
   int64_t h, start, total, logits, noise, codes, dkv, dx;  // offsets in the arena

@@ -66,46 +66,56 @@ SIREN_DEVICE void stage_rows(const Block& b, const Instruction& in, int column, 
 }
 
 // Attention among the positions of a residual decoder, at most codes per expert + 1: worked out by every SM rather than
-// exchanged. A warp takes a row and a head, a lane pairs of its columns; the softmax is summed up on the way.
+// exchanged. As in attention.h lanes take 8 columns each, and as many of them as a head has share a row and a head; the
+// softmax is summed up on the way.
 SIREN_DEVICE void stage_attention(const Block& b, const Instruction& in, int column, int width) {
-  constexpr int kPairs = 4;  // 64 columns each: heads of up to 256
+  constexpr int kTogether = 2;  // positions whose loads are under way at the same time
   const Arguments& args = b.args;
   const int head_dim = args.head_dim, kv = args.kv_heads * head_dim, group = args.heads / args.kv_heads;
   const int first_head = column / head_dim, heads = (column + width - 1) / head_dim - first_head + 1;
-  const int positions = args.codebooks / args.experts + 1;
+  const int positions = args.codebooks / args.experts + 1, items = in.rows * heads;
+  const int lanes = lanes_per_head(head_dim), together = 32 / lanes, part = lane() % lanes;
+  const int longest = in.position + (in.rows - 1) / args.rows;
   const float factor = 1.0f / sqrtf(static_cast<float>(head_dim));
-  for (int item = warp(); item < in.rows * heads; item += kWarps) {
-    const int row = item / heads, head = first_head + item % heads, r = row % args.rows;
+  for (int first_item = warp() * together; first_item < items; first_item += kWarps * together) {
+    const int item = first_item + lane() / lanes;
+    const bool used = 8 * part < head_dim && item < items;
+    const int row = used ? item / heads : 0, head = first_head + (used ? item % heads : 0), r = row % args.rows;
     const int last = in.position + row / args.rows;
-    const float* query = args.arena + in.input + static_cast<int64_t>(row) * args.dim + head * head_dim;
-    float q[2 * kPairs], sum[2 * kPairs] = {}, largest = 0, total = 0;
+    Eight q = {};
+    if (used) q = load8(args.arena + in.input + static_cast<int64_t>(row) * args.dim + head * head_dim + 8 * part);
+    Eight sum = {};
+    float largest = 0, total = 0;
+    for (int first = 0; first <= longest; first += kTogether) {
+      Eight key[kTogether] = {}, value[kTogether] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * kPairs; ++i) {
-      const int e = 2 * lane() + 64 * (i / 2) + i % 2;
-      q[i] = e < head_dim ? load(query + e) * factor : 0;
-    }
-    for (int p = 0; p <= last; ++p) {
-      const float* key = args.arena + args.dkv + ((static_cast<int64_t>(in.block) * positions + p) * args.rows + r) * 2 * kv +
-                         head / group * head_dim;
-      float score = 0, value[2 * kPairs];
-#pragma unroll
-      for (int i = 0; i < 2 * kPairs; ++i) {
-        const int e = 2 * lane() + 64 * (i / 2) + i % 2;
-        if (e < head_dim) score += q[i] * load(key + e);
-        value[i] = e < head_dim ? load(key + kv + e) : 0;
+      for (int u = 0; u < kTogether; ++u) {
+        if (!used || first + u > last) continue;
+        const int64_t at = (static_cast<int64_t>(in.block) * positions + first + u) * args.rows + r;
+        const float* from = args.arena + args.dkv + at * 2 * kv + head / group * head_dim + 8 * part;
+        key[u] = load8(from);
+        value[u] = load8(from + kv);
       }
-      for (int mask = 16; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
-      const float now = p == 0 || score > largest ? score : largest;
-      const float keep = p == 0 ? 0 : expf(largest - now), weight = expf(score - now);
-      total = total * keep + weight;
 #pragma unroll
-      for (int i = 0; i < 2 * kPairs; ++i) sum[i] = sum[i] * keep + weight * value[i];
-      largest = now;
+      for (int u = 0; u < kTogether; ++u) {
+        float score = 0;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) score += q.v[e] * key[u].v[e];
+        for (int mask = lanes / 2; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
+        if (!used || first + u > last) continue;
+        score *= factor;
+        const float now = total == 0 || score > largest ? score : largest;
+        const float keep = total == 0 ? 0 : expf(largest - now), weight = expf(score - now);
+        total = total * keep + weight;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum.v[e] = sum.v[e] * keep + weight * value[u].v[e];
+        largest = now;
+      }
     }
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int e = 2 * lane() + 64 * i, c = head * head_dim + e - column;
-      if (e < head_dim && c >= 0 && c < width) put_pair(b, in, row, c, sum[2 * i] / total, sum[2 * i + 1] / total);
+    for (int e = 0; e < 8; e += 2) {
+      const int c = head * head_dim + 8 * part + e - column;
+      if (used && c >= 0 && c < width) put_pair(b, in, row, c, sum.v[e] / total, sum.v[e + 1] / total);
     }
   }
 }
