@@ -24,7 +24,7 @@ from .tape import DTYPES, kernel_order, pack_matrix, quantise, tape_bytes
 
 FORMATS = ("bf16", "int8", "fp8")  # in the order of csrc/cuda/program.h
 _MOST_ROWS = 32  # half of what a pass over weights takes: a residual decoder begins with two positions
-_POLLS = 1 << 26  # of a wait in the kernel before it gives up: half a minute or more
+_POLLS = 1 << 22  # of a wait in the kernel before it gives up: seconds, where waits are microseconds
 
 # Where a checkpoint's tensor goes: a matrix of the program, or a part of its vectors.
 _BACKBONE_MATRICES = {

@@ -161,7 +161,8 @@ class Frame:
         found, vector = self.matrices[matrix], self.layout.vectors
         return self._add(
             Kind.matmul, name, owners, wait, self.places[found][1], found, expert=found.expert, block=found.block,
-            rows=rows, columns=found.columns, norm=vector[norm][0] if norm else -1, bias=vector[bias][0] if bias else -1,
+            rows=rows, columns=found.columns, norm=vector[norm][0] if norm else -1,
+            bias=vector[bias][0] if bias else -1,
             scale=vector[f"scale:{found.name}", found.expert, found.block][0], chunk=self._chunk(rows, found.columns),
             **fields,
         )  # fmt: skip

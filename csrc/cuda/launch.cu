@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -43,17 +44,58 @@ class OnDevice {
 
 struct Launch {
   int device = 0;
-  cudaStream_t stream = nullptr;
   cudaEvent_t ended = nullptr;
   uint32_t* words = nullptr;  // on the device: progress, then control
-  int32_t* host = nullptr;    // pinned, the same address on both sides
+  int32_t* host = nullptr;    // pinned, mapped
 
   ~Launch() {
     if (ended) cudaEventDestroy(ended);
-    if (words) cudaFreeAsync(words, stream);
+    if (words) cudaFree(words);
     if (host) cudaFreeHost(host);
   }
 };
+
+namespace {
+
+// What a launch needs of its own is kept for the next one: making it takes far longer than a frame, and freeing it waits
+// for the GPU. Never destroyed: when a process ends, CUDA may be gone first.
+struct Spare {
+  std::mutex lock;
+  std::vector<std::unique_ptr<Launch>> launches;
+};
+
+Spare& spare() {
+  static Spare* const all = new Spare;
+  return *all;
+}
+
+std::unique_ptr<Launch> take(int device) {
+  Spare& all = spare();
+  const std::lock_guard<std::mutex> guard(all.lock);
+  for (auto& launch : all.launches)
+    if (launch->device == device) {
+      std::swap(launch, all.launches.back());
+      std::unique_ptr<Launch> found = std::move(all.launches.back());
+      all.launches.pop_back();
+      return found;
+    }
+  auto made = std::make_unique<Launch>();
+  made->device = device;
+  const size_t words = attribute(cudaDevAttrMultiProcessorCount, device) + kControlWords;
+  check(cudaEventCreateWithFlags(&made->ended, cudaEventDisableTiming), "creating an event");
+  check(cudaMalloc(reinterpret_cast<void**>(&made->words), words * sizeof(uint32_t)), "allocating memory");
+  check(cudaHostAlloc(reinterpret_cast<void**>(&made->host), kHostWords * sizeof(int32_t), cudaHostAllocMapped),
+        "allocating pinned memory");
+  return made;
+}
+
+void keep(std::unique_ptr<Launch> launch) {
+  Spare& all = spare();
+  const std::lock_guard<std::mutex> guard(all.lock);
+  all.launches.push_back(std::move(launch));
+}
+
+}  // namespace
 
 Properties properties(int device) {
   cudaDeviceProp found;
@@ -69,20 +111,15 @@ Launch* launch(const Arguments& given, void* stream, int device) {
   args.stages = ring_stages(args, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   if (args.stages < 2) throw std::runtime_error("this GPU's shared memory is too small for so many rows: use a smaller batch");
 
-  auto own = std::make_unique<Launch>();
-  own->device = device;
-  own->stream = static_cast<cudaStream_t>(stream);
-  check(cudaEventCreateWithFlags(&own->ended, cudaEventDisableTiming), "creating an event");
-  check(cudaHostAlloc(reinterpret_cast<void**>(&own->host), kHostWords * sizeof(int32_t), cudaHostAllocMapped), "allocating pinned memory");
+  std::unique_ptr<Launch> own = take(device);
+  const auto on_stream = static_cast<cudaStream_t>(stream);
   std::fill_n(own->host, static_cast<int>(kHostWords), 0);
-
   std::vector<uint32_t> first(args.sms + kControlWords, static_cast<uint32_t>(args.first_operation));
   first[args.sms + kFrameLimit] = static_cast<uint32_t>(args.frames);
   first[args.sms + kAbort] = 0;
-  const size_t bytes = first.size() * sizeof(uint32_t);
-  check(cudaMallocAsync(reinterpret_cast<void**>(&own->words), bytes, own->stream), "allocating memory");
   // Pageable memory is copied out before the call returns, so `first` may go.
-  check(cudaMemcpyAsync(own->words, first.data(), bytes, cudaMemcpyHostToDevice, own->stream), "copying to the GPU");
+  check(cudaMemcpyAsync(own->words, first.data(), first.size() * sizeof(uint32_t), cudaMemcpyHostToDevice, on_stream),
+        "copying to the GPU");
   args.progress = own->words;
   args.control = reinterpret_cast<int32_t*>(own->words + args.sms);
   check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&args.host), own->host, 0), "mapping pinned memory");
@@ -93,8 +130,8 @@ Launch* launch(const Arguments& given, void* stream, int device) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "asking for shared memory");
   void* parameters[] = {&args};
   // Cooperative: refused unless every block is resident, so no block waits for one that cannot start.
-  check(cudaLaunchCooperativeKernel(kernel, dim3(args.sms), dim3(kThreads), parameters, shared, own->stream), "launching the kernel");
-  check(cudaEventRecord(own->ended, own->stream), "recording an event");
+  check(cudaLaunchCooperativeKernel(kernel, dim3(args.sms), dim3(kThreads), parameters, shared, on_stream), "launching the kernel");
+  check(cudaEventRecord(own->ended, on_stream), "recording an event");
   return own.release();
 }
 
@@ -108,13 +145,15 @@ int frames_done(Launch* launch) {
 void cancel(Launch* launch) { *static_cast<volatile int32_t*>(launch->host + kCancel) = 1; }
 
 void finish(Launch* launch) {
-  const std::unique_ptr<Launch> own(launch);
+  std::unique_ptr<Launch> own(launch);
   const OnDevice on(own->device);
   check(cudaEventSynchronize(own->ended), "running the kernel");
   const int32_t* host = own->host;
-  if (host[kGaveUp] != 0)
-    throw std::runtime_error("operation " + std::to_string(host[kGaveUpOperation]) + " on SM " + std::to_string(host[kGaveUpSm]) +
-                             " of frame " + std::to_string(host[kGaveUpFrame]) + " waited for too long");
+  const std::string error = "operation " + std::to_string(host[kGaveUpOperation]) + " on SM " + std::to_string(host[kGaveUpSm]) +
+                            " of frame " + std::to_string(host[kGaveUpFrame]) + " waited for too long";
+  const bool gave_up = host[kGaveUp] != 0;
+  keep(std::move(own));
+  if (gave_up) throw std::runtime_error(error);
 }
 
 }  // namespace siren::cuda

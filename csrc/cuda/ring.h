@@ -56,12 +56,15 @@ SIREN_DEVICE void stream(Block b) {
   const int bytes = fragment_bytes(args.format);
   const int begin = load(args.starts + block()), end = load(args.starts + block() + 1);
   bool going = true;
+  int next = begin < end ? args.instructions[begin].kind : 0;
   for (b.frame = 0; b.frame < args.frames && going; ++b.frame) {
     for (int i = begin; i < end && going; ++i) {
       const Instruction& in = args.instructions[i];
+      const int kind = next;
+      next = args.instructions[i + 1 < end ? i + 1 : begin].kind;  // brings the whole of it near
       if (in.operation < args.first_operation || in.operation >= args.last_operation) continue;
-      if (in.kind == static_cast<int>(Kind::attention) && in.source == static_cast<int>(Keys::frames)) prefetch_frames(b, in);
-      if (in.kind != static_cast<int>(Kind::matmul)) continue;
+      if (kind == static_cast<int>(Kind::attention) && in.source == static_cast<int>(Keys::frames)) prefetch_frames(b, in);
+      if (kind != static_cast<int>(Kind::matmul)) continue;
       const uint8_t* from = args.tape + static_cast<int64_t>(in.fragment) * bytes;
       for (int tile = 0; tile < in.count && going; tile += kBlockTiles) {
         const int tiles = least(kBlockTiles, in.count - tile), most_steps = piece_steps(tiles, in.chunk);
