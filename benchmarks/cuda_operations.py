@@ -5,9 +5,11 @@
 
 A launch runs one operation of a frame, from a state that the executor made on the CPU; then every number of the arena
 and the caches is compared with what the executor makes of the same state, and both go on from the executor's. So a
-kernel that is wrong is wrong where it says so. At the end the frames run in one launch, as they do for a user, and the
-codes must be the same. With `--blocks` the model has so many blocks of each kind, or fewer. Weights are random. Exit
-code 1 for a difference, or a launch that fails.
+kernel that is wrong is wrong where it says so. At the end the kernel goes on from its own numbers, an operation a
+launch and then all frames in one launch, as they run for a user: both must draw the same codes with the same bits of
+log-probabilities. How many of the codes differ from the executor's is said and not judged, as rounding may change a
+draw. With `--blocks` the model has so many blocks of each kind, or fewer. Weights are random. Exit code 1 for a
+difference, or a launch that fails.
 """
 
 from __future__ import annotations
@@ -137,33 +139,52 @@ def first_state(program: Program, frames: int) -> State:
     return state
 
 
-def check(both: Both) -> tuple[int, list[str]]:
-    """How many operations ran, and a line for each difference; a launch that fails ends it."""
-    lines: list[str] = []
+def check(both: Both) -> dict[str, Any]:
+    """How many operations ran, a line for each difference, and how many codes the kernel alone draws otherwise than the
+    executor (None where it did not come to that); a launch that fails ends it."""
+    result: dict[str, Any] = {"operations": 0, "differences": [], "other_codes": None}
+    lines, where = result["differences"], ""
     begin = {name: getattr(both.state, name).clone() for name in both.there}
-    codes, done = [], 0
-    for frame in range(FRAMES):
-        for operation in both.program.operations:
-            both.send()
-            try:
-                both.run(operation.number, operation.number + 1, frame)
-            except BackendError as error:
-                return done, [*lines, f"{operation.name}, frame {frame}: {error}"]
-            both.executor.run(operation, both.state, frame, 0)
-            lines += both.differences(operation, frame)
-            done += 1
-        codes.append(both.state.codes_out[0].clone())
-        both.state.noise_frames += 1
-    for name, value in begin.items():
-        getattr(both.state, name).copy_(value)
-    both.send()
+    codes = []
     try:
+        for frame in range(FRAMES):
+            for operation in both.program.operations:
+                where = f"{operation.name}, frame {frame}"
+                both.send()
+                both.run(operation.number, operation.number + 1, frame)
+                both.executor.run(operation, both.state, frame, 0)
+                lines += both.differences(operation, frame)
+                result["operations"] += 1
+            codes.append(both.state.codes_out[0].clone())
+            both.state.noise_frames += 1
+        for name, value in begin.items():
+            getattr(both.state, name).copy_(value)
+        where = f"{FRAMES} frames, an operation a launch"
+        expected = step_by_step(both)
+        where = f"{FRAMES} frames in one launch"
+        both.send()
         both.run(0, len(both.program.operations), 0, FRAMES)
     except BackendError as error:
-        return done, [*lines, f"{FRAMES} frames in one launch: {error}"]
-    if wrong := int((both.there["codes_out"] != torch.stack(codes)).sum()):
-        lines.append(f"{FRAMES} frames in one launch: {wrong} codes are others")
-    return done, lines
+        lines.append(f"{where}: {error}")
+        return result
+    found = torch.stack([both.there["codes_out"], both.there["logprobs_out"].view(torch.int32)], dim=1)
+    if wrong := int((found != expected).sum()):
+        lines.append(f"{where}: {wrong} codes and log-probabilities are not those of an operation a launch")
+    result["other_codes"] = int((found[:, 0] != torch.stack(codes)).sum())
+    return result
+
+
+def step_by_step(both: Both) -> Tensor:
+    """Codes and the bits of log-probabilities, int32 [FRAMES, 2, codebooks, sequences], of the kernel with a launch for
+    each operation, which takes from the one before what that left."""
+    both.send()
+    drawn = []
+    for frame in range(FRAMES):
+        for number in range(len(both.program.operations)):
+            both.run(number, number + 1, frame)
+        drawn.append(torch.stack([both.there["codes_out"][0], both.there["logprobs_out"][0].view(torch.int32)]))
+        both.there["noise_frames"] += 1
+    return torch.stack(drawn)
 
 
 def run(
@@ -178,14 +199,16 @@ def run(
     config = SirenConfig.preset(preset)
     backbone, decoder_blocks = min(blocks, config.spatial_layers), min(blocks, config.factorized_layers)
     config = dataclasses.replace(config, spatial_layers=backbone, factorized_layers=decoder_blocks)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder = CudaDecoder(config, random_experts(config, 0), weights, device)
+    decoder = CudaDecoder(config, random_experts(config, 0), weights)
     with torch.inference_mode():
         both = Both(decoder, batch, SamplingSettings(guidance_scale=2.0 if guided else 1.0))
-        done, lines = check(both)
+        result = check(both)
     head = f"{preset}, {backbone} + {decoder_blocks} blocks, {weights}, batch {batch}{', guided' if guided else ''}"
-    json_file.write(out, {"of": head, "operations": done, "differences": lines})
-    print(f"{head}: {done} operations, {len(lines)} differences")
+    json_file.write(out, {"of": head, "device": decoder.machine.name, **result})
+    lines, others = result["differences"], result["other_codes"]
+    print(f"{decoder.machine.name}, {head}: {result['operations']} operations, {len(lines)} differences")
+    if others is not None:
+        print(f"{FRAMES} frames in one launch: {others} codes are not the executor's")
     for line in lines[:MOST_LINES]:
         print(f"error: {line}", file=sys.stderr)
     raise SystemExit(1 if lines else 0)

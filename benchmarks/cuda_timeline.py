@@ -175,10 +175,9 @@ def run(
     if frames > config.max_seq_len:
         raise InputError(f"--frames must be at most {config.max_seq_len}, not {frames}")
     sizes = numbers(batch, "--batch", 1, 32)
-    about = machine.describe_gpu() if torch.cuda.is_available() else {**machine.describe(), "gpu": "emulated"}
-    about |= {"preset": preset, "weights": weights, "frame": frames}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder = CudaDecoder(config, random_experts(config, 0), weights, device)
+    decoder = CudaDecoder(config, random_experts(config, 0), weights)
+    about = machine.describe_gpu() if decoder.weights.device.type == "cuda" else machine.describe()
+    about |= {"gpu": decoder.machine.name, "preset": preset, "weights": weights, "frame": frames}
     result: dict[str, Any] = {"about": about, "batches": {}}
     for size in sizes:
         program, notes = traced(decoder, size, frames)

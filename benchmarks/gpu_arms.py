@@ -23,7 +23,8 @@ from static_arm import StaticDecoder
 from torch import Tensor
 
 from siren import SirenConfig
-from siren.cuda_engine import CudaDecoder
+from siren.cuda_engine import CudaDecoder, machine
+from siren.errors import BackendError
 from siren.reference import ReferenceDecoder
 from siren.sampling import SamplingSettings, gumbel_noise
 
@@ -51,7 +52,7 @@ def build(name: str, config: SirenConfig, device: str, frames: int, built: dict[
     if kind == "naive":
         return ReferenceDecoder(config, experts, weights, device)
     if kind == "cuda":
-        return CudaDecoder(config, experts, weights, device)
+        return _cuda(config, experts, weights, device)
     from siren.triton_engine import TritonDecoder
 
     decoder = TritonDecoder(config, experts, weights=weights, device=device)
@@ -67,10 +68,18 @@ def build_residual(name: str, config: SirenConfig, device: str, built: dict[str,
     if key not in built:
         if kind == "cuda":
             experts = ((start, dict(tensors)) for start, tensors in arms.random_experts(config, 0))
-            built[key] = CudaDecoder(config, experts, weights, device, residual=True)
+            built[key] = _cuda(config, experts, weights, device, residual=True)
         else:
             built[key] = build(name, config, device, 1, built)
     return built[key]
+
+
+def _cuda(config: SirenConfig, experts: Any, weights: str, device: str, residual: bool = False) -> CudaDecoder:
+    """Raises BackendError where the kernel would run somewhere else: emulated, nothing is a GPU's."""
+    found = machine(torch.device(device)).device.type
+    if found != torch.device(device).type:
+        raise BackendError(f"backend 'cuda' would run on {found} instead of {device}: unset SIREN_CUDA_EMULATE")
+    return CudaDecoder(config, experts, weights, device, residual)
 
 
 def residual_inputs(config: SirenConfig, batch: int) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ from case import STEMS
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 LIBRARY = ROOT / "build" / "gpu" / "lib"
-CUDA_TESTS = ["cuda_kernel", "cuda_engine", "cuda_compile"]  # tests/test_<name>.py
-TESTS = [*CUDA_TESTS, *STEMS, "gumbel_noise", "checks", "triton_engine"]
+# tests/test_<name>.py of what runs on a GPU, and of what is built for it.
+TESTS = ["cuda_engine", "cuda_compile", *STEMS, "gumbel_noise", "checks", "triton_engine"]
 DECODE_ARMS = "naive-bf16,graph-bf16,triton-bf16,triton-int8"
 CUDA_ARMS = "cuda-bf16,cuda-int8"
 COMPILE_ARMS = "compile-bf16,graph-bf16"
@@ -60,6 +60,10 @@ OPERATIONS = (
 TINY_SANITIZED = ("memcheck", "racecheck", "synccheck")
 TOOLKIT = Path("/usr/local/cuda/bin")  # where nvcc and compute-sanitizer are looked for after PATH
 POLL_SECONDS = 2.0
+SUMMARY = 160  # characters of a red line at the end
+FIND_SECONDS = 120
+KILL_SECONDS = 5.0  # a process that is stuck in the driver may not end even when it is killed
+EMULATORS = ("SIREN_CUDA_EMULATE", "SIREN_CUDA_EMULATE_SMS", "SIREN_CUDA_EMULATE_SEED", "TRITON_INTERPRET")
 
 
 class Check:
@@ -70,10 +74,6 @@ class Check:
         self.lock = threading.Lock()  # tests and gates run a few at once
         self.cuda = False  # whether the CUDA engine ran
         self.result: dict[str, Any] = {"about": {}, "seconds": {}, "parts": {}, "red": []}
-
-    def describe(self, about: dict[str, Any]) -> None:
-        self.result["about"] = about
-        print("\n".join(f"{key}: {value}" for key, value in about.items()), flush=True)
 
     def put(self, part: str, name: str, value: Any) -> None:
         """A result, and all results into the file."""
@@ -91,9 +91,8 @@ class Check:
     def run(
         self, name: str, words: list[object], limit: float, heard: Callable[[], object] = lambda: None
     ) -> tuple[int | None, str]:
-        """Run a program in environment(): its exit code (None: out of time) and what it printed.
-
-        heard() is called while it runs, to pick up what it has written.
+        """Run a program in environment(), for `limit` seconds and no longer than all may take: its exit code (None: out
+        of time) and what it printed. heard() is called while it runs, to pick up what it has written.
         """
         log = self.folder / f"{name}.log"
         with log.open("w") as file:
@@ -107,23 +106,25 @@ class Check:
             )
             stop = time.monotonic() + limit
             try:
-                while process.poll() is None and (left := stop - time.monotonic()) > 0:
+                while process.poll() is None and (left := min(stop, self.stop) - time.monotonic()) > 0:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(timeout=min(POLL_SECONDS, left))
                     heard()
             finally:
                 late = process.poll() is None
-                if late:
+                with contextlib.suppress(ProcessLookupError):  # none is left
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=KILL_SECONDS)
         heard()
         return None if late else process.returncode, log.read_text(errors="replace")
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the package that is built here before any other."""
+    """This process's, with the package that is built here before any other, and without what would run a kernel on the
+    CPU: its results would stand under the GPU's name."""
     path = os.pathsep.join(part for part in (str(LIBRARY), os.environ.get("PYTHONPATH")) if part)
-    return {**os.environ, "PYTHONPATH": path}
+    return {**{name: value for name, value in os.environ.items() if name not in EMULATORS}, "PYTHONPATH": path}
 
 
 def build(check: Check, limit: float) -> None:
@@ -160,7 +161,7 @@ def microbench(check: Check, limit: float) -> None:
     for name in ("stream", "reread", "exchange"):
         for row in found.get(name, []):
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
-    if code != 0:
+    if code != 0 or "end" in found:
         faults = [
             row["fault"] for name in ("stream", "reread", "exchange") for row in found.get(name, []) if "fault" in row
         ]
@@ -317,7 +318,7 @@ def decode_of(check: Check, limit: float, part: str, names: str, batches: str, *
     ]
     code, output = check.run(part, [*words, "--out", path], limit, heard)
     print(output[-6000:], flush=True)
-    if code != 0:
+    if code != 0 or not check.result["parts"][part]["rows"]:
         check.red(f"{part}: {_end(code, output)}")
 
 
@@ -360,13 +361,16 @@ def _end(code: int | None, output: str) -> str:
     return f"{'not done in time' if code is None else f'exit code {code}'}: {line}"
 
 
-def about(device: str) -> dict[str, Any]:
+def describe(check: Check, device: str) -> None:
     """The machine, as benchmarks/machine.py describes it."""
-    if device == "cpu":
-        return {"device": "cpu, Triton's interpreter: nothing is timed"}
-    words = [sys.executable, str(BENCHMARKS / "machine.py")]
-    made = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
-    return json.loads(made.stdout) if made.returncode == 0 else {"error": _end(made.returncode, made.stderr)}
+    found = {"device": "cpu, Triton's interpreter: nothing is timed"}
+    if device == "cuda":
+        code, output = check.run("machine", [sys.executable, BENCHMARKS / "machine.py"], 30)
+        if code != 0:
+            check.red(f"machine.py: {_end(code, output)}")
+        found = json.loads(output.splitlines()[-1]) if code == 0 else {"error": _end(code, output)}
+    check.result["about"] = found
+    print("\n".join(f"{key}: {value}" for key, value in found.items()), flush=True)
 
 
 def find_gpu() -> tuple[str, str]:
@@ -376,7 +380,11 @@ def find_gpu() -> tuple[str, str]:
         "import torch as t; c = t.cuda; has = c.is_available(); "
         "print(t.__version__, c.get_device_name() if has else '', *(c.get_device_capability() if has else ()), sep='|')"
     )
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    try:
+        made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=FIND_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"error: torch did not say within {FIND_SECONDS} s whether it sees a GPU", file=sys.stderr)
+        raise SystemExit(2) from None
     version, name, *capability = [*made.stdout.strip().split("|"), ""][:4]
     if not name:
         found = (
@@ -399,6 +407,7 @@ def main() -> None:
         "--out", type=Path, help="JSON file to write; benchmarks/results/gpu-<name>.json or ...-sanitize-<stem>.json"
     )
     options = parser.parse_args()
+    begin = time.monotonic()
     if options.device == "cpu" and not options.small:
         parser.error("Triton's interpreter is slow: --device cpu needs --small")
     if options.device == "cpu" and options.sanitize:
@@ -426,9 +435,16 @@ def main() -> None:
         steps = [("gates and arms", 1, lambda check, limit: kernels(check, limit, "gates and arms", sizes))]
     words = [*name.lower().split(), *(["sanitize", options.sanitize] if options.sanitize else [])]
     out = options.out or BENCHMARKS / "results" / f"gpu-{'-'.join(words)}.json"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
     with tempfile.TemporaryDirectory(prefix="siren-gpu-check-") as folder:
-        check = Check(out.resolve(), options.budget, Path(folder), options.stem)
+        left = options.budget - (time.monotonic() - begin)
+        check = Check(out.resolve(), left, Path(folder), options.stem)
+
+        def end(number: int, _: object) -> None:
+            check.stop = 0.0  # so that what other threads run is ended too
+            sys.exit(128 + number)
+
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGINT, end)
         for i, (title, weight, step) in enumerate(steps):
             start = time.monotonic()
             limit = max(1.0, (check.stop - start) * weight / sum(left for _, left, _ in steps[i:]))
@@ -438,14 +454,15 @@ def main() -> None:
             except Exception as error:
                 check.red(f"{title}: {type(error).__name__}: {error}")
             if not check.result["about"]:
-                check.describe(about(options.device))
+                describe(check, options.device)
             check.result["seconds"][title] = round(time.monotonic() - start, 1)
             check.save()
+    red = check.result["red"]
     print(f"\nwrote {check.out}")
-    print("\n".join(f"RED: {line}" for line in check.result["red"]) or "everything is green")
+    print("\n".join([f"{len(red)} red", *(f"RED: {line[:SUMMARY]}" for line in red)]) if red else "everything is green")
     if options.device == "cpu":
         print("Triton's interpreter on the CPU: nothing was timed, nothing ran on a GPU")
-    raise SystemExit(1 if check.result["red"] else 0)
+    raise SystemExit(1 if red else 0)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 With SIREN_CUDA_EMULATE=1 in the environment the kernel's own source runs on the CPU, its threads as fibers, slowly, for
 whoever wants to step through it: SIREN_CUDA_EMULATE_SMS multiprocessors (7), in an order that SIREN_CUDA_EMULATE_SEED
-picks (0: in turn).
+picks (0: in turn). Between launches it keeps up to 512 MB of address space for the fibers' stacks, until the process
+ends.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,7 +23,17 @@ from torch import Tensor
 
 from .checkpoint import Manifest, iter_tensors
 from .config import SirenConfig
-from .cuda_session import CudaState, Launcher, follow, host_tensor, memory, on_device, region, settings_arguments
+from .cuda_session import (
+    CudaState,
+    Launcher,
+    follow,
+    host_tensor,
+    memory,
+    on_device,
+    out_of_memory,
+    region,
+    settings_arguments,
+)
 from .cuda_weights import FORMATS, CudaWeights
 from .errors import BackendError
 from .sampling import SamplingSettings, check_drawn
@@ -81,7 +93,10 @@ def _emulated() -> Machine:
     shared_bytes = module.limits()["shared_bytes"]
 
     def launch(arguments: dict[str, Any]) -> Any:
-        return module.run(arguments, seed)
+        try:
+            return module.run(arguments, seed)
+        except RuntimeError as error:
+            raise BackendError(f"backend 'cuda': {error}") from error
 
     return Machine(torch.device("cpu"), sms, shared_bytes, "emulated", "fibers on the host", launch)
 
@@ -105,8 +120,9 @@ def _switch(name: str) -> bool:
 
 def _number(name: str, otherwise: int, low: int, high: int) -> int:
     value = os.environ.get(name) or str(otherwise)
-    if not (value.isascii() and value.isdigit() and low <= int(value) <= high):
-        raise BackendError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+    digits = value.isascii() and value.isdigit() and len(value) <= len(str(high))  # Python refuses thousands of them
+    if not (digits and low <= int(value) <= high):
+        raise BackendError(f"{name} must be a whole number from {low} to {high}, not {reprlib.repr(value)}")
     return int(value)
 
 
@@ -130,10 +146,15 @@ class CudaDecoder:
             raise BackendError(f"backend 'cuda' has weights {', '.join(map(repr, FORMATS))}, not {weights!r}")
         self.machine = machine(None if device is None else torch.device(device))
         place = self.machine.device
-        with on_device(place):
-            self.weights = CudaWeights(
-                config, experts, weights, place, self.machine.sms, self.machine.shared_bytes, residual
-            )
+        try:
+            with on_device(place):
+                self.weights = CudaWeights(
+                    config, experts, weights, place, self.machine.sms, self.machine.shared_bytes, residual
+                )
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise BackendError(f"not enough memory on {place} for this model with {weights} weights") from error
 
     @classmethod
     def from_folder(cls, manifest: Manifest, weights: str = "bf16", residual: bool = False) -> CudaDecoder:

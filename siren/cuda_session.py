@@ -31,7 +31,11 @@ _PATIENCE = 50  # milliseconds between two looks at a launch, and so until Ctrl-
 
 
 class Handle(Protocol):
-    """A launch, as siren._cuda and siren._emulator give it."""
+    """A launch, as siren._cuda and siren._emulator give it.
+
+    It knows addresses only: until it has finished, whoever launched it keeps the tensors that they came from alive. One
+    that nobody holds any more cancels its launch and waits for its end.
+    """
 
     @property
     def finished(self) -> bool: ...
@@ -84,27 +88,41 @@ def _check(handle: Handle) -> None:
 
 
 def _end(handle: Handle) -> None:
-    """Wait until a launch that is no longer wanted uses no memory any more, also when Ctrl-C comes again."""
-    try:
-        handle.cancel()
-        while not handle.finished:
-            handle.wait(_MOST_EPOCHS - 1, _PATIENCE)  # more frames than there are: until the end
-    except KeyboardInterrupt:
-        _end(handle)
-        raise
+    """Wait until a launch that is no longer wanted uses no memory any more.
+
+    Ctrl-C on the way does not stop that, nor does it take the place of the error that led here.
+    """
+    while True:
+        try:
+            handle.cancel()
+            while not handle.finished:
+                handle.wait(_MOST_EPOCHS - 1, _PATIENCE)  # more frames than there are: until the end
+            return
+        except KeyboardInterrupt:
+            continue
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether this says that the device's memory or the host's is full, which PyTorch has a type for on GPUs alone."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager
 def memory(what: str) -> Iterator[None]:
-    """Turns PyTorch's error into one that says what to do."""
+    """Turns an error of our own allocations into one that says what to do; nothing of a caller's may run inside."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"not enough memory on the device for {what}: use fewer sequences or frames") from error
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"not enough memory for {what}: use fewer sequences or frames") from error
 
 
 class CudaState:
     """Sequences being decoded. Calls from several threads take turns."""
+
+    _launched: Handle | None = None  # the latest launch, which may still be under way where an interruption came early
+    _buffers: tuple[Tensor | None, ...] = ()  # memory of that launch which nothing else keeps
 
     @torch.inference_mode()
     def __init__(
@@ -147,16 +165,20 @@ class CudaState:
         """float32 [B, num_codebooks, frame], on the CPU."""
         return self._logprobs[:, :, : self.frame].clone()
 
+    def __del__(self) -> None:
+        self._end_launch()  # before its memory goes
+
     @torch.inference_mode()
     def step(self, frames: int, on_frame: Callable[[int, int], None] | None = None) -> None:
-        """Draw `frames` more frames; on_frame(done, frames) is called as each arrives."""
-        with self._turn(f"{frames} more frames of {self.batch} sequences"):
+        """Draw `frames` more frames; on_frame(done, frames) is called as each arrives, out of inference mode."""
+        with self._turn():
             self._reserve(self.frame + frames)
             first = self.frame
 
             def collected() -> None:
                 if on_frame is not None:
-                    on_frame(self.frame - first, frames)
+                    with torch.inference_mode(False):
+                        on_frame(self.frame - first, frames)
 
             while self.frame < first + frames:
                 self._decode(min(first + frames - self.frame, self._most_frames()), None, collected)
@@ -164,7 +186,7 @@ class CudaState:
     @torch.inference_mode()
     def force(self, codes: Tensor) -> Tensor:
         """Advance with these codes int64 [B, num_codebooks, n] -> logits float32 [B, num_codebooks, n, V]."""
-        with self._turn(f"{codes.shape[2]} more frames of {self.batch} sequences"):
+        with self._turn(), memory(f"{codes.shape[2]} more frames of {self.batch} sequences"):
             self._reserve(self.frame + codes.shape[2])
             logits = []
             for given in codes.unbind(dim=2):
@@ -176,7 +198,7 @@ class CudaState:
     @torch.inference_mode()
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
         """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
-        with self._turn(f"{len(indices)} sequences"):
+        with self._turn(), memory(f"{len(indices)} sequences"):
             if max(indices) >= self.batch:  # another thread may have been here since the caller looked
                 raise InputError(f"there is no sequence {max(indices)} of {self.batch}")
             plan = self.weights.plan(len(indices), self.settings.guided)
@@ -197,11 +219,13 @@ class CudaState:
     def _decode(self, frames: int, forced: Tensor | None, collected: Callable[[], None]) -> None:
         """One launch: `frames` more frames, or one with codes int32 [num_codebooks, B] that are given."""
         weights, device = self.weights, self.weights.device
-        if self._ahead:
-            self._go_back()
         shape = (frames, weights.config.num_codebooks, self.batch)
-        codes, logprobs = host_tensor(shape, torch.int32, device), host_tensor(shape, torch.float32, device)
-        noise_frames = torch.full((self.batch,), self.frame, dtype=torch.int32, device=device)
+        what = f"{frames} more frames of {self.batch} sequences"
+        with memory(what):
+            if self._ahead:
+                self._go_back()
+            codes, logprobs = host_tensor(shape, torch.int32, device), host_tensor(shape, torch.float32, device)
+            noise_frames = torch.full((self.batch,), self.frame, dtype=torch.int32, device=device)
 
         def collect(frame: int) -> None:
             check_drawn(logprobs[frame].T, self.frame)
@@ -232,16 +256,27 @@ class CudaState:
             "prompt_capacity": self._prompt_keys.shape[4],
         }
         self._ahead = True
-        follow(self._launch(arguments), frames, collect)
+        self._buffers = (codes, logprobs, noise_frames, forced)
+        with memory(what):
+            self._launched = self._launch(arguments)
+        follow(self._launched, frames, collect)
         self._ahead = False
 
+    def _end_launch(self) -> None:
+        """End the latest launch where an interruption came before `follow` could, so that its memory is free again."""
+        if self._launched is not None:
+            _end(self._launched)
+            self._launched, self._buffers = None, ()
+
     @contextlib.contextmanager
-    def _turn(self, what: str) -> Iterator[None]:
+    def _turn(self) -> Iterator[None]:
+        """This thread's turn, with no launch under way."""
         if self._owner == threading.get_ident():
             raise InputError("a session cannot be stepped or selected from its own on_frame")
-        with self._lock, on_device(self.weights.device), memory(what):
+        with self._lock, on_device(self.weights.device):
             self._owner = threading.get_ident()
             try:
+                self._end_launch()
                 yield
                 settle(self.weights.device)
             finally:
@@ -286,11 +321,12 @@ class CudaState:
         if frames > longest:  # another thread may have stepped since the caller looked
             raise InputError(f"{frames} frames exceed max_seq_len, which is {longest}")
         capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
-        keys, values = self._new_cache(capacity)
-        keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
-        shape = (self.batch, self.weights.config.num_codebooks, capacity)
-        codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-        codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
+        with memory(f"{frames} frames of {self.batch} sequences"):
+            keys, values = self._new_cache(capacity)
+            keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
+            shape = (self.batch, self.weights.config.num_codebooks, capacity)
+            codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+            codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
         grown = {"_keys": keys, "_values": values, "_codes": codes, "_logprobs": logprobs, "capacity": capacity}
         self.__dict__.update(grown)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+WARPS = 8  # of a block that compute; one more streams the weights
 TILE_ROWS = 8  # outputs of a tile of weights
 STEP_COLUMNS = 32  # columns of a fragment of a tile
+BLOCK_TILES = 4  # tiles whose sums are kept in registers together
 MAX_ROWS = 64  # of activations in a pass over weights
 PAD = 32  # columns added to a row of activations in shared memory
 INSTRUCTION_NUMBERS = 32

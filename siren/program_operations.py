@@ -12,6 +12,7 @@ from .program_format import PAD, Entry, Keys, Kind, Shift, Source, Target
 from .program_layout import Layout, Matrix
 
 _LEAST_STAGED_BYTES = 16 << 10
+_FEW_ROWS = 2  # so few that every SM works out a first input for itself: of more rows an exchange is shorter
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,19 @@ class Frame:
                 R * self.config.n_heads, expert=k, block=block, rows=R, columns=d, source=keys, input=q, output=a,
             )  # fmt: skip
 
-        if block == 0:
-            # It works the entry out by itself. `enter`, for the blocks that add to it, follows in the same phase.
-            matmul("cross_query", None, source=Source.backbone_entry, target=Target.query, output=q)
+        def enter() -> None:
             self.last[k] = self._add(
                 Kind.enter, f"expert {k} enter", group, None, R * d, expert=k, rows=R, columns=d,
                 source=Entry.backbone, output=x,
             )  # fmt: skip
+
+        if block == 0 and R <= _FEW_ROWS:
+            # `enter`, for what is added to the input later, follows in the same phase.
+            matmul("cross_query", None, source=Source.backbone_entry, target=Target.query, output=q)
+            enter()
         else:
+            if block == 0:
+                enter()
             matmul("cross_query", self._after(k), input=x, target=Target.query, output=q)
         attention(Keys.prompt)
         matmul("cross_output", self._after(k), input=a, target=Target.add, output=x)
@@ -279,17 +285,22 @@ class Frame:
                 title, (matrix, k, block), self.all, wait, rows, key, None, codebook=j, position=position, **more
             )  # fmt: skip
 
-        source, read = (Source.rows, at("dx")) if block else (Source.decoder_entry, 0)
+        def enter(wait: Wait | None) -> None:
+            self._add(
+                Kind.enter, f"{name} enter", self.all, wait, rows * self.d, expert=k, codebook=j, position=position,
+                rows=rows, columns=self.d, source=Entry.decoder, output=at("dx"),
+            )  # fmt: skip
+
+        direct = block == 0 and R <= _FEW_ROWS
+        if block == 0 and not direct:
+            enter(self._after_all())
+        source, read = (Source.decoder_entry, 0) if direct else (Source.rows, at("dx"))
         matmul(
             "decoder_qkv", self._after_all(), "attention_norm", source=source, input=read, target=Target.scratch,
             output=at("dq"),
         )  # fmt: skip
-        if block == 0:
-            # The first block works its entry out by itself; what is added to it comes after, in the same phase.
-            self._add(
-                Kind.enter, f"{name} enter", self.all, None, rows * self.d, expert=k, codebook=j, position=position,
-                rows=rows, columns=self.d, source=Entry.decoder, output=at("dx"),
-            )  # fmt: skip
+        if direct:
+            enter(None)  # for what is added to the input later, in the same phase
         if last and i == 0:  # nothing reads position 0 any more
             rows, position, skipped = R, 1, R
         dx, dq, dact = at("dx", skipped), at("dq", skipped), at("dact", skipped)

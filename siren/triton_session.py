@@ -31,6 +31,7 @@ _AHEAD = 8  # frames that may be launched and not yet collected, so that the dev
 
 @contextlib.contextmanager
 def _memory(what: str) -> Iterator[None]:
+    """Turns an error of our own allocations into one that says what to do; nothing of a caller's may run inside."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -103,23 +104,28 @@ class TritonState:
 
     @torch.inference_mode()
     def step(self, frames: int, on_frame: Callable[[int, int], None] | None = None) -> None:
-        """Draw `frames` more frames; on_frame(done, frames) is called as each arrives."""
-        with self._turn(f"{frames} more frames of {self.batch} sequences"):
-            self._reserve(self.frame + frames)
+        """Draw `frames` more frames; on_frame(done, frames) is called as each arrives, out of inference mode."""
+        what = f"{frames} more frames of {self.batch} sequences"
+        with self._turn(what):
+            with _memory(what):
+                self._reserve(self.frame + frames)
             self._ahead = True
             flights: deque[_Flight] = deque()
             for launched in range(1, frames + 1):
-                flights.append(_Flight(*self._launch()))
+                with _memory(what):
+                    flights.append(_Flight(*self._launch()))
                 while flights and (launched == frames or len(flights) > _AHEAD):
                     self._collect(flights.popleft())
                     if on_frame is not None:
-                        on_frame(launched - len(flights), frames)
+                        with torch.inference_mode(False):
+                            on_frame(launched - len(flights), frames)
             self._ahead = False
 
     @torch.inference_mode()
     def force(self, codes: Tensor) -> Tensor:
         """Advance with these codes int64 [B, num_codebooks, n] -> logits float32 [B, num_codebooks, n, V]."""
-        with self._turn(f"{codes.shape[2]} more frames of {self.batch} sequences"):
+        what = f"{codes.shape[2]} more frames of {self.batch} sequences"
+        with self._turn(what), _memory(what):
             self._reserve(self.frame + codes.shape[2])
             self._ahead = True
             logits = []
@@ -133,7 +139,8 @@ class TritonState:
     @torch.inference_mode()
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
         """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
-        with self._turn(f"{len(indices)} sequences"):
+        what = f"{len(indices)} sequences"
+        with self._turn(what), _memory(what):
             if max(indices) >= self.batch:  # another thread may have been here since the caller looked
                 raise InputError(f"there is no sequence {max(indices)} of {self.batch}")
             kept = torch.tensor(indices)
@@ -199,11 +206,12 @@ class TritonState:
         """This thread's turn, with the device at the last frame that counts."""
         if self._owner == threading.get_ident():
             raise InputError("a session cannot be stepped or selected from its own on_frame")
-        with self._lock, self.weights.on_device(), _memory(what):
+        with self._lock, self.weights.on_device():
             self._owner = threading.get_ident()
             try:
                 if self._ahead:
-                    self._go_back()
+                    with _memory(what):
+                        self._go_back()
                 yield
             finally:
                 self._owner = None

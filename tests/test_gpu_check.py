@@ -1,4 +1,5 @@
-"""The benchmarks for a GPU do what they say, as far as a CPU shows: their gates, decoders, clocks and reports.
+"""The benchmarks for a GPU do what they say, as far as a CPU shows: their gates, decoders, clocks and reports. Those of
+the CUDA engine alone are in test_cuda_benchmarks.py.
 
 Where a GPU is needed to go on, its events and copies are replaced. No figure is judged.
 """
@@ -6,15 +7,14 @@ Where a GPU is needed to go on, its events and copies are replaced. No figure is
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,6 @@ from siren.sampling import SamplingSettings
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 SEEDS = np.array([3, 1 << 50, 4], dtype=np.uint64)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-emulated = pytest.mark.skipif(
-    importlib.util.find_spec("siren._emulator") is None, reason="the emulator of the CUDA engine is not built"
-)
 
 
 @pytest.fixture
@@ -126,114 +123,6 @@ def test_decode_gate(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="graph-bf16: logits"):
             patch.setattr(static_arm.StaticState, name, fault)
             gate.check("graph-bf16")
-
-
-@emulated
-def test_gate_of_the_cuda_engine(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Green for its frames and for its residual decoders alone, in each type of weights; red for a residual() that
-    reports wrong log-probabilities or draws others than the best."""
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setattr(load("arms"), "GATE_FRAMES", 2)
-    engine = load("siren.cuda_engine")
-    gate = load("gpu_arms").Gate(siren.SirenConfig.preset("tiny"), "cpu")
-    for weights in ("bf16", "int8"):
-        assert gate.check(f"cuda-{weights}").startswith(f"cuda-{weights}: logits ")
-        assert gate.check(f"cuda-{weights}", residual=True).startswith(f"cuda-{weights}: logits ")
-    residual = engine.CudaDecoder.residual
-
-    def reports_less(self: Any, *given: Any) -> Any:
-        codes, logprobs, inputs = residual(self, *given)
-        return codes, logprobs - 1, inputs
-
-    def draws_another(self: Any, *given: Any) -> Any:
-        codes, logprobs, inputs = residual(self, *given)
-        return codes ^ 1, logprobs, inputs
-
-    for fault in (reports_less, draws_another):
-        gate.residual_errors.cache_clear()
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match="cuda-bf16: logits"):
-            patch.setattr(engine.CudaDecoder, "residual", fault)
-            gate.check("cuda-bf16", residual=True)
-
-
-@emulated
-def test_the_tiny_model_runs_on_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
-    made = run(FOLDER / "cuda_tiny.py", "--short")
-    assert made.returncode == 0, made.stderr
-    assert [line.split(":")[0] for line in made.stdout.splitlines()[1:]] == ["bf16, guidance 1", "bf16, guidance 3"]
-
-
-@emulated
-def test_operations_that_are_wrong_are_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is on the emulator; with weights that the executor does not know the operation that reads them is, and the
-    codes of whole frames are others."""
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
-    operations, arms = load("cuda_operations"), load("arms")
-    sizes = {"spatial_layers": 1, "num_codebooks": 2, "num_experts": 1, "codebook_size": 40}
-    config = dataclasses.replace(siren.SirenConfig.preset("tiny"), **sizes)
-    decoder = operations.CudaDecoder(config, arms.random_experts(config, 0), "int8")
-
-    def check(fault: bool) -> tuple[int, list[str]]:
-        both = operations.Both(decoder, 2, SamplingSettings(guidance_scale=2.0))
-        if fault:
-            offset, length = both.program.vectors["scale:heads", 0, 1]
-            decoder.weights.vectors[offset : offset + length].mul_(torch.linspace(-9, 9, length))
-        return operations.check(both)
-
-    done, lines = check(fault=False)
-    assert lines == [] and done == operations.FRAMES * len(decoder.weights.plan(2, True).program.operations)
-    done, lines = check(fault=True)
-    named = [line.split(":")[0] for line in lines]
-    expected = [f"expert 0 codebook 1 heads, frame {frame}" for frame in range(2)]
-    assert named == [*expected, "2 frames in one launch"]
-    assert ": logits: " in lines[0] and " are wrong, the first at " in lines[0]
-
-
-@emulated
-def test_timeline_of_the_emulator(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every instruction of the frame is in it once, after what it waited for; the picture is drawn."""
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "3")
-    timeline, arms = load("cuda_timeline"), load("arms")
-    config = dataclasses.replace(siren.SirenConfig.preset("tiny"), spatial_layers=1)
-    decoder = timeline.CudaDecoder(config, arms.random_experts(config, 0))
-    program, notes = timeline.traced(decoder, 1, 2)
-    at = timeline.spans(program, notes)
-    assert len(at["sm"]) == len(program.instructions)
-    assert ((at["began"] <= at["waited"]) & (at["waited"] <= at["done"])).all()
-    frame = timeline.summarise(program, notes)
-    assert 0 < frame["work_share"] + frame["wait_share"] <= 1
-    assert sum(row["instructions"] for row in frame["kinds"].values()) == len(program.instructions)
-    assert list(frame["phases_us"]) == ["backbones", *(f"codebook {j}" for j in range(config.num_codebooks))]
-    pytest.importorskip("matplotlib")
-    timeline.draw_picture(program, notes, "tiny", tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 1000
-
-
-def test_timeline_sums(load: Any) -> None:
-    """Work, waits and busy shares of a frame whose notes are known; what did not run counts nowhere."""
-    timeline = load("cuda_timeline")
-    operations = [
-        SimpleNamespace(kind="noise", name="noise", matrix=None, fields={}),
-        SimpleNamespace(kind="enter", name="expert 0 codebook 0 enter", matrix=None, fields={"source": 1}),
-        SimpleNamespace(kind="draw", name="expert 0 codebook 0 draw", matrix=None, fields={}),
-    ]
-    instructions = np.zeros((5, 32), dtype=np.int32)
-    instructions[:, 1] = [0, 1, 2, 0, 1]
-    program = SimpleNamespace(operations=operations, instructions=instructions, starts=np.array([0, 3, 5]))
-    notes = np.array([[1000, 2000], [2500, 4000], [-1, -1], [1000, 1500], [4500, 6000]]) + 10**18
-    notes[2] = -1
-    found = timeline.summarise(program, notes)
-    assert (found["frame_us"], found["instructions"], found["clock_step_ns"]) == (5, 4, 500)
-    assert (found["work_share"], found["wait_share"]) == (pytest.approx(0.45), pytest.approx(0.35))
-    assert found["kinds"]["decoder enter"] == {
-        "instructions": 2, "work_us": 3, "wait_us": 3.5, "work_share": 0.3, "wait_share": 0.35
-    }  # fmt: skip
-    assert found["phases_us"] == {"backbones": [0, 1], "codebook 0": [1.5, 5]}
-    assert found["busy_share_of_sm"] == [0.5, 0.4]
 
 
 class Probe:

@@ -26,16 +26,17 @@ from typing import Any
 
 from compile_report import SHARED_LIMIT
 
+from siren.program_format import WARPS, Format
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 DEFAULT_ARCHS = ("80", "90a", "100", "120")
+FEW_ARCHS = ("80", "90a")  # the two ways in which weights are copied
 KERNEL = "siren_decode"
-WARPS, PARTITIONS, REGISTERS = 9, 4, 1 << 14  # of a block; of a multiprocessor; of a partition, which has whole warps
+PARTITIONS, REGISTERS = 4, 1 << 14  # of a multiprocessor; of a partition, which has whole warps
 REGISTER_UNIT = 256  # registers are given to a warp in pieces of so many
 RESERVED_SHARED = 1024  # of every block, by CUDA, beside what a block may ask for
 FEWEST_STAGES = 2  # fewer, and csrc/cuda/launch.cu refuses
-FORMATS = ("bf16", "int8", "fp8")
-COPIES = {"80": "LDGSTS"}  # how the weights come to shared memory; UBLKCP, in bulk, on all others
 SPILLS = ("LDL", "STL")
 LAYOUT_PROGRAM = """
 #include <cstdio>
@@ -60,6 +61,22 @@ def wanted_archs() -> list[str]:
     nvcc = tool("nvcc")
     known = run([nvcc, "--list-gpu-arch"]) if nvcc else ""
     return [arch for arch in DEFAULT_ARCHS if not nvcc or f"compute_{arch.rstrip('af')}\n" in known]
+
+
+def capability(arch: str) -> int:
+    """90 of "90a"."""
+    return int(arch.rstrip("af"))
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that a block can have; the least there is, where the architecture is not known."""
+    number = capability(arch)
+    return SHARED_LIMIT.get(100 if number == 103 else number, min(SHARED_LIMIT.values()))
+
+
+def copy_opcode(arch: str) -> str:
+    """How the weights come to shared memory: in bulk, where the architecture can."""
+    return "LDGSTS" if capability(arch) < 90 else "UBLKCP"
 
 
 def tool(name: str) -> str | None:
@@ -132,8 +149,7 @@ def inspect(path: Path) -> list[dict[str, Any]]:
     rows = resources(run([program, "--dump-resource-usage", path]))
     for row in rows:
         counts = opcodes(run([program, "-sass", "-arch", f"sm_{row['arch']}", path]))
-        copy = COPIES.get(row["arch"], "UBLKCP")
-        row |= {"mma": counts.get("HMMA", 0), "copies": counts.get(copy, 0)}
+        row |= {"mma": counts.get("HMMA", 0), "copies": counts.get(copy_opcode(row["arch"]), 0)}
         row |= {"spills": sum(counts.get(name, 0) for name in SPILLS), "instructions": sum(counts.values())}
     return rows
 
@@ -151,12 +167,12 @@ def shared_memory(archs: list[str], folder: Path) -> list[dict[str, Any]]:
     for preset in ("tiny", "siren-1.6b", "siren-3.1b"):
         config = SirenConfig.preset(preset)
         for batch, guided in ((1, False), (1, True), (16, False), (16, True)):
-            for limit in {SHARED_LIMIT[int(arch.rstrip("af"))] for arch in archs}:
+            for limit in {shared_limit(arch) for arch in archs}:
                 made = build_program(config, batch, guided, config.num_experts, limit)
-                for number, weights in enumerate(FORMATS):
-                    row = {"preset": preset, "batch": batch, "guided": guided, "weights": weights, "limit": limit}
+                for weights in Format:
+                    row = {"preset": preset, "batch": batch, "guided": guided, "weights": weights.name, "limit": limit}
                     rows.append({**row, "staged": made.staged_bytes})
-                    sizes = (number, made.staged_bytes, config.codebook_size, config.head_dim, limit)
+                    sizes = (weights.value, made.staged_bytes, config.codebook_size, config.head_dim, limit)
                     given.append(" ".join(str(size) for size in sizes))
     for row, line in zip(rows, run([program], "\n".join(given)).splitlines(), strict=True):
         row["stages"], row["bytes"] = (int(word) for word in line.split())
@@ -174,8 +190,8 @@ def faults(kernels: list[dict[str, Any]], shared: list[dict[str, Any]], archs: l
                 f"{row['spills']} instructions that use them"
             )
         warp = -(-32 * row["registers"] // REGISTER_UNIT) * REGISTER_UNIT
-        if -(-WARPS // PARTITIONS) * warp > REGISTERS:
-            lines.append(f"{where}: {row['registers']} registers a thread, {WARPS} warps do not fit")
+        if -(-(WARPS + 1) // PARTITIONS) * warp > REGISTERS:
+            lines.append(f"{where}: {row['registers']} registers a thread, {WARPS + 1} warps do not fit")
         for name in ("mma", "copies"):
             if not row[name]:
                 lines.append(f"{where}: no instruction of the kind {name}")
@@ -186,13 +202,15 @@ def faults(kernels: list[dict[str, Any]], shared: list[dict[str, Any]], archs: l
     return lines
 
 
-def report(archs: list[str]) -> dict[str, Any]:
-    """All rows and faults. Raises FileNotFoundError where there is nothing to look at."""
+def report(archs: list[str] | None) -> dict[str, Any]:
+    """All rows and faults; None: of the architectures that siren._cuda was built for, or where it is not built, of two.
+    Raises FileNotFoundError where there is nothing to look at."""
     path = find_module()
     if path is None and tool("nvcc") is None:
         raise FileNotFoundError("siren._cuda is not built, and nvcc was not found to compile csrc/cuda/launch.cu")
     with tempfile.TemporaryDirectory(prefix="siren-cuda-report-") as name:
-        kernels = inspect(path or compile_kernel(archs, Path(name)))
+        kernels = inspect(path or compile_kernel(archs or [*FEW_ARCHS], Path(name)))
+        archs = archs or [row["arch"] for row in kernels]
         shared = shared_memory(archs, Path(name))
     of = str(path.name) if path else "csrc/cuda/launch.cu"
     return {"of": of, "kernels": kernels, "shared": shared, "faults": faults(kernels, shared, archs)}

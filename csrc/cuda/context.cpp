@@ -1,5 +1,9 @@
 #include "context.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -105,16 +109,25 @@ size_t kept_bytes = 0;
 
 }  // namespace
 
+// Fibers that were left in the middle of a function leave marks on their stacks.
+static void forget_marks([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(memory, bytes);
+#endif
+}
+
 void* take_memory(size_t& bytes) {
   {
     std::lock_guard<std::mutex> guard(kept_lock);
     if (kept_memory && kept_bytes >= bytes) {
       bytes = std::exchange(kept_bytes, 0);
+      forget_marks(kept_memory, bytes);
       return std::exchange(kept_memory, nullptr);
     }
   }
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("no memory for a grid of " + std::to_string(bytes) + " bytes");
+  forget_marks(memory, bytes);
   return memory;
 }
 

@@ -25,12 +25,12 @@ SIREN_DEVICE void execute(const Block& b, const Instruction& in, Ring& ring) {
   switch (static_cast<Kind>(in.kind)) {
     case Kind::noise: noise(b, in); break;
     case Kind::enter: enter(b, in); break;
-    case Kind::accumulate: accumulate(b, in); break;
+    case Kind::accumulate: sum_codes(b, in); break;
     case Kind::matmul: matmul(b, in, ring); break;
     case Kind::attention: attention(b, in); break;
     case Kind::norm: norm(b, in); break;
     case Kind::draw: draw(b, in); break;
-    case Kind::sums: sums(b, in); break;
+    case Kind::sums: sum_codes(b, in); break;
   }
 }
 
@@ -64,12 +64,14 @@ SIREN_DEVICE void work(Block b) {
           }
         }
         if (args.trace && thread() == 0) args.trace[2 * i] = nanoseconds();
+        int32_t cancelled = 0;  // asked for early, as the answer comes from the host
+        if (block() == 0 && thread() == 0 && i + 1 == flags.end) cancelled = load_host(args.host + kCancel);
         execute(b, in, ring);
         worker_sync();
         if (!flags.alive) return;
         if (args.trace && thread() == 0) args.trace[2 * i + 1] = nanoseconds();
         if (thread() == 0 && in.publish >= 0) {
-          if (block() == 0 && i + 1 == flags.end && load_host(args.host + kCancel) != 0) args.control[kFrameLimit] = b.frame + 1;
+          if (cancelled) args.control[kFrameLimit] = b.frame + 1;
           store_release(args.progress + block(), static_cast<uint32_t>(b.frame * args.operations + in.publish));
         }
       }

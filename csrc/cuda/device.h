@@ -28,6 +28,12 @@ struct alignas(16) Words {
   uint32_t v[4];
 };
 
+struct alignas(8) Pair {
+  uint32_t v[2];
+};
+
+// The loads stay in order and on their side of a barrier, but not behind a store of one's own: between a store and a
+// load of the same place there must be a barrier.
 SIREN_DEVICE Four load4(const float* from) {
   const float4 all = __ldcg(reinterpret_cast<const float4*>(from));
   return {{all.x, all.y, all.z, all.w}};
@@ -40,6 +46,11 @@ SIREN_DEVICE void store4(float* to, const Four& value) {
 SIREN_DEVICE Words load_words(const void* from) {
   const uint4 all = __ldcg(reinterpret_cast<const uint4*>(from));
   return {{all.x, all.y, all.z, all.w}};
+}
+
+SIREN_DEVICE Pair load_pair(const void* from) {
+  const uint2 both = __ldcg(reinterpret_cast<const uint2*>(from));
+  return {{both.x, both.y}};
 }
 
 SIREN_DEVICE float load(const float* from) { return __ldcg(from); }
@@ -66,7 +77,7 @@ SIREN_DEVICE bool set_first(int32_t* flag, int32_t value) { return atomicCAS(fla
 
 SIREN_DEVICE int32_t load_host(const int32_t* from) {
   int32_t value;
-  asm volatile("ld.acquire.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
 
@@ -101,9 +112,10 @@ SIREN_DEVICE void mbarrier_arrive(uint64_t* barrier) {
 SIREN_DEVICE bool mbarrier_try(uint64_t* barrier, int parity) {
   uint32_t done;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{\n .reg .pred over;\n mbarrier.try_wait.parity.shared.b64 over, [%1], %2;\n selp.u32 %0, 1, 0, over;\n}"
+  constexpr uint32_t kAtMost = 1000;  // nanoseconds that the thread may sleep: the caller counts and looks at the clock
+  asm volatile("{\n .reg .pred over;\n mbarrier.try_wait.parity.shared.b64 over, [%1], %2, %3;\n selp.u32 %0, 1, 0, over;\n}"
                : "=r"(done)
-               : "r"(shared_address(barrier)), "r"(parity)
+               : "r"(shared_address(barrier)), "r"(parity), "r"(kAtMost)
                : "memory");
 #else
   asm volatile("{\n .reg .pred over;\n mbarrier.test_wait.parity.shared.b64 over, [%1], %2;\n selp.u32 %0, 1, 0, over;\n}"
@@ -147,10 +159,15 @@ SIREN_DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64_
 }
 #endif
 
-// Into L2, ahead of the reads: a hint. One lane's call is enough; whole lines of 128 bytes.
+// Into L2, ahead of the reads: a hint. `bytes` a multiple of 16; called by all lanes of a warp.
 SIREN_DEVICE void prefetch(const void* global, int bytes) {
-  for (int at = 0; at < bytes; at += 128)
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x % 32 == 0 && bytes > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+#else
+  for (int at = 128 * (threadIdx.x % 32); at < bytes; at += 128 * 32)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(global) + at));
+#endif
 }
 
 SIREN_DEVICE void relax() {}
@@ -186,6 +203,9 @@ SIREN_DEVICE uint32_t widen_fp8(uint32_t pair) {
   const uint32_t value = ((pair & 0x00800080u) << 8) | ((pair & 0x007f007fu) << 4);
   return fma_bf16x2(value, 0x7b807b80u, 0x80008000u);
 }
+
+// After so long a wait is a deadlock: waits are microseconds. A GPU that is shared or watched by a tool is slower.
+SIREN_DEVICE uint64_t patience() { return 20000000000ull; }
 
 SIREN_DEVICE uint64_t nanoseconds() {
   uint64_t now;

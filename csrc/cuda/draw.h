@@ -107,6 +107,7 @@ struct Row {
 
 SIREN_DEVICE void draw(const Block& b, const Instruction& in) {
   const Arguments& args = b.args;
+  constexpr int kTogether = 4;
   const int codes = args.codes_per_codebook;
   const float infinity = __builtin_huge_valf();
   const bool noisy = args.temperature > 0 && !args.forced;
@@ -124,9 +125,25 @@ SIREN_DEVICE void draw(const Block& b, const Instruction& in) {
     float largest = -infinity, best = -infinity;
     int index = codes, code = codes;
     double total = 0;
+    // Loads first, all under way together.
+    for (int first = thread(); first < codes; first += kTogether * kWorkers) {
+      float value[kTogether] = {}, noisy_value[kTogether] = {};
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const int v = first + u * kWorkers;
+        if (v < codes) value[u] = load(logits + v);
+        if (v < codes && noisy) noisy_value[u] = load(noise + v);
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const int v = first + u * kWorkers;
+        if (v >= codes) break;
+        scaled[v] = value[u] / temperature;
+        weight[v] = noisy_value[u];
+      }
+    }
     for (int v = thread(); v < codes; v += kWorkers) {
-      const float value = load(logits + v) / temperature;
-      scaled[v] = value;
+      const float value = scaled[v];
       if (value != value) total += 1;
       if (value > largest) {
         largest = value;
@@ -139,9 +156,9 @@ SIREN_DEVICE void draw(const Block& b, const Instruction& in) {
     if (sound) {
       total = 0;
       for (int v = thread(); v < codes; v += kWorkers) {
+        const float score = scaled[v] + weight[v];  // until here `weight` holds the noise
         weight[v] = expf(scaled[v] - largest);
         total += weight[v];
-        const float score = noisy ? scaled[v] + load(noise + v) : scaled[v];
         if (score > best) {
           best = score;
           code = v;

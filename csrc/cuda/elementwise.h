@@ -24,38 +24,29 @@ SIREN_DEVICE void noise(const Block& b, const Instruction& in) {
   }
 }
 
+SIREN_DEVICE float sum_entry(const Block& b, const Parts& entry, int column) {
+  const Parts rows[1] = {entry};
+  float sum[1][1];
+  sum_entries(rows, b.args.dim, column, sum);
+  return sum[0][0];
+}
+
 SIREN_DEVICE void enter(const Block& b, const Instruction& in) {
   const int dim = b.args.dim;
+  const bool backbone = in.source == static_cast<int>(Entry::backbone);
   for (int item = in.first + thread(); item < in.first + in.count; item += kWorkers) {
-    float value;
-    if (in.source == static_cast<int>(Entry::backbone))
-      backbone_entry<1>(b, &value, in.expert, item / dim, item % dim);
-    else
-      decoder_entry<1>(b, &value, in, item / dim, item % dim);
-    b.args.arena[in.output + item] = value;
+    const Parts entry = backbone ? backbone_entry(b, in.expert, item / dim) : decoder_entry(b, in, item / dim);
+    b.args.arena[in.output + item] = sum_entry(b, entry, item % dim);
   }
 }
 
-// The sums before codebook `in.codebook`: of two buffers the one that nobody reads meanwhile.
-SIREN_DEVICE void accumulate(const Block& b, const Instruction& in) {
-  const Arguments& args = b.args;
-  const int64_t size = static_cast<int64_t>(args.experts) * args.sequences * args.dim;
-  float* const to = args.arena + args.total + ((in.codebook + 1) & 1) * size;
-  for (int item = in.first + thread(); item < in.first + in.count; item += kWorkers) {
-    const int row = item / args.dim;
-    float value = 0;
-    add_codes<1>(b, &value, row / args.sequences, in.codebook, row % args.sequences, item % args.dim);
-    to[item] = value;
-  }
-}
-
-SIREN_DEVICE void sums(const Block& b, const Instruction& in) {
+// The sums before codebook `in.codebook`. Those that `accumulate` makes go to the buffer that nobody reads meanwhile.
+SIREN_DEVICE void sum_codes(const Block& b, const Instruction& in) {
   const Arguments& args = b.args;
   for (int item = in.first + thread(); item < in.first + in.count; item += kWorkers) {
     const int row = item / args.dim;
-    float value = 0;
-    add_codes<1>(b, &value, row / args.sequences, args.codebooks, row % args.sequences, item % args.dim);
-    args.arena[in.output + item] = value;
+    const Parts entry = codes_before(b, row / args.sequences, in.codebook, row % args.sequences);
+    args.arena[in.output + item] = sum_entry(b, entry, item % args.dim);
   }
 }
 

@@ -29,6 +29,8 @@ void check(Arguments& args) {
   range("frames", args.frames, 1, kMost);
   range("last_operation", args.last_operation, 0, args.operations);
   range("first_operation", args.first_operation, 0, args.last_operation);
+  expect((args.first_operation == 0 && args.last_operation == args.operations) || args.frames == 1,
+         "a part of the operations can run for one frame only");
   range("first_frame", args.first_frame, 0, kMost - args.frames);
   range("dim", args.dim, 1, kMost);
   range("heads", args.heads, 1, kMost);

@@ -36,7 +36,12 @@ inline T load_aligned(const void* from) {
 }
 
 inline Four load4(const float* from) { return load_aligned<Four>(from); }
+struct alignas(8) Pair {
+  uint32_t v[2];
+};
+
 inline Words load_words(const void* from) { return load_aligned<Words>(from); }
+inline Pair load_pair(const void* from) { return load_aligned<Pair>(from); }
 inline float load(const float* from) { return load_aligned<float>(from); }
 inline int32_t load(const int32_t* from) { return load_aligned<int32_t>(from); }
 inline uint16_t load(const uint16_t* from) { return load_aligned<uint16_t>(from); }
@@ -231,6 +236,8 @@ inline float float_of_fp8(uint8_t bits) {
 inline uint32_t widen_fp8(uint32_t pair) {
   return pack_bf16(float_of_fp8(static_cast<uint8_t>(pair)), float_of_fp8(static_cast<uint8_t>(pair >> 16)));
 }
+
+inline uint64_t patience() { return ~uint64_t{0}; }  // only polls count: a debugger may stop the clock
 
 inline uint64_t nanoseconds() {
   const auto now = std::chrono::steady_clock::now().time_since_epoch();

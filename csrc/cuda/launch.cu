@@ -108,7 +108,10 @@ Launch* launch(const Arguments& given, void* stream, int device) {
   Arguments args = given;
   if (args.sms > attribute(cudaDevAttrMultiProcessorCount, device))
     throw std::runtime_error("the program is for more multiprocessors than this GPU has");
-  args.stages = ring_stages(args, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const bool whole = args.first_operation == 0 && args.last_operation == args.operations;
+  if (!whole && args.frames != 1) throw std::runtime_error("a part of the operations can run for one frame only");
+  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  args.stages = ring_stages(args, limit);
   if (args.stages < 2) throw std::runtime_error("this GPU's shared memory is too small for so many rows: use a smaller batch");
 
   std::unique_ptr<Launch> own = take(device);
@@ -127,7 +130,8 @@ Launch* launch(const Arguments& given, void* stream, int device) {
   const void* kernel = reinterpret_cast<const void*>(&siren_decode);
   args.layout = shared_layout(args);
   const int shared = args.layout.bytes;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "asking for shared memory");
+  // As much as there is: the attribute is the kernel's, not the launch's, and other threads launch it too.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "asking for shared memory");
   void* parameters[] = {&args};
   // Cooperative: refused unless every block is resident, so no block waits for one that cannot start.
   check(cudaLaunchCooperativeKernel(kernel, dim3(args.sms), dim3(kThreads), parameters, shared, on_stream), "launching the kernel");
@@ -139,14 +143,14 @@ bool finished(Launch* launch) { return cudaEventQuery(launch->ended) != cudaErro
 
 int frames_done(Launch* launch) {
   const HostWord word = cudaEventQuery(launch->ended) == cudaSuccess && launch->host[kGaveUp] == 0 ? kFramesRun : kFramesDone;
-  return *static_cast<volatile int32_t*>(launch->host + word);
+  return __atomic_load_n(launch->host + word, __ATOMIC_ACQUIRE);
 }
 
-void cancel(Launch* launch) { *static_cast<volatile int32_t*>(launch->host + kCancel) = 1; }
+void cancel(Launch* launch) { __atomic_store_n(launch->host + kCancel, 1, __ATOMIC_RELEASE); }
 
 void finish(Launch* launch) {
+  const OnDevice on(launch->device);
   std::unique_ptr<Launch> own(launch);
-  const OnDevice on(own->device);
   check(cudaEventSynchronize(own->ended), "running the kernel");
   const int32_t* host = own->host;
   const std::string error = "operation " + std::to_string(host[kGaveUpOperation]) + " on SM " + std::to_string(host[kGaveUpSm]) +

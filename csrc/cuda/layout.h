@@ -82,13 +82,26 @@ SIREN_DEVICE Eight load8(const float* from) {
   return {{low.v[0], low.v[1], low.v[2], low.v[3], high.v[0], high.v[1], high.v[2], high.v[3]}};
 }
 
-// Polls until `ready`, at most spin_limit times; then the launch is over, for every SM, with an error.
+// How long a wait has lasted, looked at on every 64th poll: polls are what a test can limit, time what a user can wait.
+struct Wait {
+  int polls = 0;
+  uint64_t since = 0;
+
+  SIREN_DEVICE bool due() { return ++polls % 64 == 0; }
+  SIREN_DEVICE bool over(const Arguments& args) {
+    const uint64_t now = nanoseconds();
+    if (since == 0) since = now;
+    return polls >= args.spin_limit || now - since > patience();
+  }
+};
+
+// Polls until `ready`. If that takes too long the launch is over, for every SM, with an error.
 template <class Ready>
 SIREN_DEVICE bool wait_until(const Block& b, int operation, Ready ready) {
-  for (int spins = 0; !ready(); ++spins) {
+  for (Wait wait; !ready();) {
     relax();
-    if (spins % 64 != 63) continue;
-    if (b.flags().alive && load_relaxed(b.args.control + kAbort) == 0 && spins < b.args.spin_limit) continue;
+    if (!wait.due()) continue;
+    if (b.flags().alive && load_relaxed(b.args.control + kAbort) == 0 && !wait.over(b.args)) continue;
     if (b.flags().alive && set_first(b.args.control + kAbort, 1)) {
       store_host(b.args.host + kGaveUpSm, block());
       store_host(b.args.host + kGaveUpOperation, operation);

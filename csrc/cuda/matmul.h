@@ -125,7 +125,7 @@ SIREN_DEVICE void matmul(const Block& b, const Instruction& in, Ring& ring) {
     for (int column = 0; column < in.columns; column += in.chunk) {
       const int width = least(in.chunk, in.columns - column);
       if (tile == 0 || in.chunk < in.columns) {
-        worker_sync();  // nobody reads what was staged before
+        if (tile > 0 || column > 0) worker_sync();  // nobody reads what was staged before
         stage(b, in, column, width, tile == 0);
         worker_sync();
       }

@@ -2,6 +2,8 @@
 // alike: weights depend on nothing. The workers take the pieces in the same order.
 #pragma once
 
+#include <cstddef>
+
 #include "layout.h"
 
 namespace siren::cuda {
@@ -35,45 +37,54 @@ SIREN_DEVICE void init_ring(const Block& b) {
 }
 
 // The keys and values that an attention will read, except the frame's own, which are not written yet.
-SIREN_DEVICE void prefetch_frames(const Block& b, const Instruction& in) {
+SIREN_DEVICE void prefetch_frames(const Block& b, int expert, int block_number, int first, int count) {
   const Arguments& args = b.args;
-  const int bytes = 2 * b.time() * args.head_dim;
-  for (int item = in.first; item < in.first + in.count; ++item) {
+  for (int item = first; item < first + count; ++item) {
     const int row = item / args.heads, head = item % args.heads / (args.heads / args.kv_heads);
-    const int64_t cache = ((static_cast<int64_t>(in.expert) * args.backbone_blocks + in.block) * args.rows + row) * args.kv_heads + head;
-    const int64_t at = cache * args.capacity * args.head_dim;
-    for (int line = 128 * lane(); line < bytes; line += 128 * 32) {
-      prefetch(reinterpret_cast<const uint8_t*>(args.keys + at) + line, 128);
-      prefetch(reinterpret_cast<const uint8_t*>(args.values + at) + line, 128);
-    }
+    const int64_t cache = (static_cast<int64_t>(expert) * args.backbone_blocks + block_number) * args.rows + row;
+    const int64_t at = (cache * args.kv_heads + head) * args.capacity * args.head_dim;
+    prefetch(args.keys + at, 2 * b.time() * args.head_dim);
+    prefetch(args.values + at, 2 * b.time() * args.head_dim);
   }
 }
 
-// What the streaming warp does, from the launch's beginning to its end.
+// What the streaming warp does, from the launch's beginning to its end. Its lanes hold an instruction's words.
 SIREN_DEVICE void stream(Block b) {
+  constexpr int kAhead = 4;  // instructions that are brought near before they are read
   const Arguments& args = b.args;
   Ring ring{b};
   const int bytes = fragment_bytes(args.format);
-  const int begin = load(args.starts + block()), end = load(args.starts + block() + 1);
-  bool going = true;
-  int next = begin < end ? args.instructions[begin].kind : 0;
+  const int begin = b.flags().begin, end = b.flags().end;
+  const auto word = [&](int i) { return load(reinterpret_cast<const int32_t*>(args.instructions + i) + lane()); };
+  bool going = begin < end;
+  int32_t next = going ? word(begin) : 0;
   for (b.frame = 0; b.frame < args.frames && going; ++b.frame) {
     for (int i = begin; i < end && going; ++i) {
-      const Instruction& in = args.instructions[i];
-      const int kind = next;
-      next = args.instructions[i + 1 < end ? i + 1 : begin].kind;  // brings the whole of it near
-      if (in.operation < args.first_operation || in.operation >= args.last_operation) continue;
-      if (kind == static_cast<int>(Kind::attention) && in.source == static_cast<int>(Keys::frames)) prefetch_frames(b, in);
+      const int32_t own = next;
+      next = word(i + 1 < end ? i + 1 : begin);
+      if (i + kAhead < end) prefetch(args.instructions + i + kAhead, sizeof(Instruction));
+      const auto field = [&](size_t offset) { return shuffle(own, static_cast<int>(offset / sizeof(int32_t))); };
+      const int operation = field(offsetof(Instruction, operation)), kind = field(offsetof(Instruction, kind));
+      if (operation < args.first_operation || operation >= args.last_operation) continue;
+      const int first = field(offsetof(Instruction, first)), count = field(offsetof(Instruction, count));
+      if (kind == static_cast<int>(Kind::attention) && field(offsetof(Instruction, source)) == static_cast<int>(Keys::frames))
+        prefetch_frames(b, field(offsetof(Instruction, expert)), field(offsetof(Instruction, block)), first, count);
       if (kind != static_cast<int>(Kind::matmul)) continue;
-      const uint8_t* from = args.tape + static_cast<int64_t>(in.fragment) * bytes;
-      for (int tile = 0; tile < in.count && going; tile += kBlockTiles) {
-        const int tiles = least(kBlockTiles, in.count - tile), most_steps = piece_steps(tiles, in.chunk);
-        for (int column = 0; column < in.columns && going; column += in.chunk) {
-          const int steps = least(in.chunk, in.columns - column) / kStepColumns;
+      const int columns = field(offsetof(Instruction, columns)), chunk = field(offsetof(Instruction, chunk));
+      const int norm = field(offsetof(Instruction, norm)), bias = field(offsetof(Instruction, bias));
+      const int scale = field(offsetof(Instruction, scale)), outputs = 4 * count * kTileRows;
+      if (norm >= 0) prefetch(args.vectors + norm, 4 * columns);
+      if (bias >= 0) prefetch(args.vectors + bias + first * kTileRows, outputs);
+      if (args.format != static_cast<int>(Format::bf16)) prefetch(args.vectors + scale + first * kTileRows, outputs);
+      const uint8_t* from = args.tape + static_cast<int64_t>(field(offsetof(Instruction, fragment))) * bytes;
+      for (int tile = 0; tile < count && going; tile += kBlockTiles) {
+        const int tiles = least(kBlockTiles, count - tile), most_steps = piece_steps(tiles, chunk);
+        for (int column = 0; column < columns && going; column += chunk) {
+          const int steps = least(chunk, columns - column) / kStepColumns;
           for (int step = 0; step < steps && going; step += most_steps) {
             const int size = least(most_steps, steps - step) * tiles * bytes;
             const auto freed = [&] { return b.flags().stop || mbarrier_try(ring.empty(), (ring.round - 1) & 1); };
-            const bool waited = ring.round == 0 || wait_until(b, in.operation, freed);
+            const bool waited = ring.round == 0 || wait_until(b, operation, freed);
             going = shuffle(waited && b.flags().alive && !b.flags().stop, 0) != 0;
             if (!going) break;
             mbarrier_expect(ring.full(), size);
@@ -88,7 +99,10 @@ SIREN_DEVICE void stream(Block b) {
   // Shared memory is the block's until every copy has landed: the last round of each stage that was filled.
   for (int s = 0; s < args.stages; ++s) {
     const Ring last{b, s, s < ring.stage ? ring.round : ring.round - 1};
-    for (int spins = 0; last.round >= 0 && spins < args.spin_limit && !mbarrier_try(last.full(), last.round & 1); ++spins) relax();
+    for (Wait wait; last.round >= 0 && !mbarrier_try(last.full(), last.round & 1);) {
+      relax();
+      if (wait.due() && wait.over(args)) break;
+    }
   }
 }
 

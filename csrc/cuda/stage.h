@@ -30,24 +30,27 @@ SIREN_DEVICE void stage_rows(const Block& b, const Instruction& in, int column, 
   for (int first = 0; first < rows; first += kTogether) {
     float squares[kTogether] = {};
     for (int c = 4 * thread(); c < width; c += 4 * kWorkers) {
-      Four values[kTogether] = {};
+      float values[kTogether][4] = {};
+      if (kEntry) {
+        Parts entries[kTogether] = {};
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const int row = first + i;
-        if (!kEntry) {
-          if (row < rows) values[i] = load4(input + row * in.columns + c);
-        } else if (in.source == static_cast<int>(Source::backbone_entry)) {
-          backbone_entry<4>(b, values[i].v, in.expert, row, column + c);
-        } else {
-          decoder_entry<4>(b, values[i].v, in, row, column + c);
+        for (int i = 0; i < kTogether; ++i) {
+          if (first + i >= rows) break;
+          const bool backbone = in.source == static_cast<int>(Source::backbone_entry);
+          entries[i] = backbone ? backbone_entry(b, in.expert, first + i) : decoder_entry(b, in, first + i);
         }
+        sum_entries(entries, b.args.dim, column + c, values);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          if (first + i < rows) load_floats<4>(values[i], input + (first + i) * in.columns + c);
       }
       Four weight = {{1, 1, 1, 1}};
       if (norm) weight = load4(norm + c);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         if (first + i >= rows) break;
-        const float* v = values[i].v;
+        const float* v = values[i];
 #pragma unroll
         for (int e = 0; e < 4; ++e) squares[i] += v[e] * v[e];
         put_pair(b, in, first + i, c, v[0] * weight.v[0], v[1] * weight.v[1]);
