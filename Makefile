@@ -1,6 +1,6 @@
 # make decode    install, build, generate a sound from a prompt, run the decode benchmark in a short setting
 # make test      lint, types and all tests
-# make sanitize  the engine's tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
+# make sanitize  the engines' tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
 # make bench     the decode benchmark at full size, and each operation alone
 # make gpu-check on a machine with a GPU: tests, checks and times of its kernels, into benchmarks/results; no install
 # make clean     remove what the targets above wrote, except the virtual environment
@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.siren-installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
+EMULATOR_TESTS ?= tests/test_emulator.py tests/test_cuda_kernel.py
 
 .PHONY: decode test sanitize bench gpu-check clean
 .DELETE_ON_ERROR:
@@ -45,14 +46,15 @@ test: $(READY)
 # The instrumented builds live under build/ and come before the ordinary one on PYTHONPATH. Python itself is not
 # instrumented, so the sanitizer's library is loaded first; libstdc++ beside it so that exceptions are intercepted.
 # -s: pytest would keep the sanitizer's report to itself. Leaks: Python and torch keep memory until exit on purpose.
+# The CUDA kernel's emulator too: its fibers' stacks are not ASan's, which must not move variables off them.
 # TSan watches the engine's code only, at fixed addresses (setarch -R), on the tests that use several threads.
 lib = $$($(CXX) -print-file-name=$(1))
 
 sanitize: $(READY)
 	SIREN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
 	env LD_PRELOAD="$(call lib,libasan.so) $(call lib,libubsan.so) $(call lib,libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/asan/lib \
-	    $(BIN)/pytest -s $(ENGINE_TESTS)
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=build/asan/lib $(BIN)/pytest -s $(ENGINE_TESTS) $(EMULATOR_TESTS)
 	SIREN_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
 	env LD_PRELOAD="$(call lib,libtsan.so) $(call lib,libstdc++.so)" \
 	    TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1 die_after_fork=0" PYTHONPATH=build/tsan/lib \

@@ -7,7 +7,8 @@
 No torch header is included, so nothing of torch is needed to build: a C++17 compiler, pybind11 and ninja.
 
     CXX, CXXFLAGS     the compiler, and flags added after ours
-    SIREN_SANITIZE    "address,undefined" or "thread": an instrumented siren._cpu and nothing else, for the tests
+    SIREN_SANITIZE    "address,undefined" or "thread": instrumented, for the tests, and without siren._cuda; "thread" is
+                      for siren._cpu alone, as the emulator's threads are fibers
     SIREN_CUDA        0 skips siren._cuda; 1 makes its absence an error
     SIREN_CUDA_ARCHS  GPUs to compile for, "80,90a,100,120" unless set, less what nvcc does not know
     CUDA_HOME         where bin/nvcc is, if not on PATH
@@ -146,7 +147,7 @@ def cuda_compiler() -> list[str] | None:
     wanted = os.environ.get("SIREN_CUDA", "")
     if wanted not in ("", "0", "1"):
         fail(f"SIREN_CUDA must be 0 or 1, not {wanted!r}")
-    if wanted == "0" or not (ROOT / "csrc" / "cuda" / "launch.cu").exists():
+    if wanted == "0":
         return None
     archs = os.environ.get("SIREN_CUDA_ARCHS") or ARCHS
     if not re.fullmatch(r"\d{2,3}[af]?(,\d{2,3}[af]?)*", archs):
@@ -230,7 +231,9 @@ class NinjaBuild(build_ext):
         nvcc = cuda_compiler()
         left_out = set() if nvcc else {"siren._cuda"}
         if sanitizer_flags():
-            left_out = {"siren._emulator", "siren._cuda"}
+            left_out = {"siren._cuda"}
+        if os.environ.get("SIREN_SANITIZE") == "thread":
+            left_out.add("siren._emulator")
         built = []
         for ext in self.extensions:
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
