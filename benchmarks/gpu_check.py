@@ -175,7 +175,7 @@ def tiny(check: Check, limit: float) -> None:
     check.put("cuda", "tiny", {"exit": code, "end": output[-4000:]})
     print(output[-2000:], flush=True)
     if code != 0:
-        check.red(f"cuda_tiny.py: {_end(code, output)}; decode and timeline are without the CUDA engine")
+        check.red(f"cuda_tiny.py: {_end(code, output)}; sanitizers, decode and timeline are without the CUDA engine")
 
 
 def operations(check: Check, limit: float) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .program_format import STEP_COLUMNS, TILE_ROWS
+from .program_format import BLOCK_TILES, STEP_COLUMNS, TILE_ROWS
 
 if TYPE_CHECKING:
     from .program import Matrix, Program
 
-BLOCK_TILES = 4  # as in csrc/cuda/program.h
+
 DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 

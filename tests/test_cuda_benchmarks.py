@@ -6,7 +6,7 @@ No figure is judged.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -22,9 +22,6 @@ import siren
 from siren.sampling import SamplingSettings
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-emulated = pytest.mark.skipif(
-    importlib.util.find_spec("siren._emulator") is None, reason="the emulator of the CUDA engine is not built"
-)
 
 
 @pytest.fixture
@@ -37,15 +34,15 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("siren._emulator", reason="the emulator of the CUDA engine is not built")
     monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
     monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
 
 
-@emulated
+@pytest.mark.usefixtures("emulator")
 def test_gate_of_the_cuda_engine(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Green for its frames and for its residual decoders alone, in each type of weights; red for a residual() that
     reports wrong log-probabilities or draws others than the best."""
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
     monkeypatch.setattr(load("arms"), "GATE_FRAMES", 2)
     engine = load("siren.cuda_engine")
     gate = load("gpu_arms").Gate(siren.SirenConfig.preset("tiny"), "cpu")
@@ -69,47 +66,74 @@ def test_gate_of_the_cuda_engine(load: Any, monkeypatch: pytest.MonkeyPatch) -> 
             gate.check("cuda-bf16", residual=True)
 
 
-@emulated
-def test_the_tiny_model_runs_on_the_cuda_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
-    made = run(FOLDER / "cuda_tiny.py", "--short")
+@pytest.mark.usefixtures("emulator")
+def test_the_tiny_model_runs_on_the_cuda_engine() -> None:
+    command = [sys.executable, str(FOLDER / "cuda_tiny.py"), "--short"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert made.returncode == 0, made.stderr
     assert [line.split(":")[0] for line in made.stdout.splitlines()[1:]] == ["bf16, guidance 1", "bf16, guidance 3"]
+    assert "'device': 'emulated'" in made.stdout
 
 
-@emulated
+@pytest.mark.usefixtures("emulator")
 def test_operations_that_are_wrong_are_named(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is on the emulator; with weights that the executor does not know the operation that reads them is, and the
-    codes of whole frames are others."""
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "2")
+    """None is on the emulator; with weights that the executor does not know the operation that reads them is, while the
+    whole frames, which have the same weights, only differ from the executor's; frames that go wrong in one launch are
+    named too."""
     operations, arms = load("cuda_operations"), load("arms")
     sizes = {"spatial_layers": 1, "num_codebooks": 2, "num_experts": 1, "codebook_size": 40}
     config = dataclasses.replace(siren.SirenConfig.preset("tiny"), **sizes)
     decoder = operations.CudaDecoder(config, arms.random_experts(config, 0), "int8")
 
-    def check(fault: bool) -> tuple[int, list[str]]:
+    def check(scale: float) -> Any:
         both = operations.Both(decoder, 2, SamplingSettings(guidance_scale=2.0))
-        if fault:
-            offset, length = both.program.vectors["scale:heads", 0, 1]
-            decoder.weights.vectors[offset : offset + length].mul_(torch.linspace(-9, 9, length))
+        offset, length = both.program.vectors["scale:heads", 0, 1]
+        decoder.weights.vectors[offset : offset + length].mul_(torch.linspace(scale, 1, length))
         return operations.check(both)
 
-    done, lines = check(fault=False)
-    assert lines == [] and done == operations.FRAMES * len(decoder.weights.plan(2, True).program.operations)
-    done, lines = check(fault=True)
-    named = [line.split(":")[0] for line in lines]
-    expected = [f"expert 0 codebook 1 heads, frame {frame}" for frame in range(2)]
-    assert named == [*expected, "2 frames in one launch"]
+    whole = operations.FRAMES * len(decoder.weights.plan(2, True).program.operations)
+    assert check(1) == {"operations": whole, "differences": [], "other_codes": 0}
+    run = operations.Both.run
+
+    def slips(self: Any, first: int, last: int, frame: int, frames: int = 1) -> None:
+        run(self, first, last, frame, frames)
+        if frames > 1:
+            self.there["logprobs_out"][1, 0, 0].nextafter_(torch.zeros(()))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(operations.Both, "run", slips)
+        (line,) = check(1)["differences"]
+    assert line.startswith("2 frames in one launch: 1 codes and log-probabilities are not those of an operation a")
+    found = check(-90)
+    lines = found["differences"]
+    assert [line.split(":")[0] for line in lines] == [f"expert 0 codebook 1 heads, frame {frame}" for frame in range(2)]
     assert ": logits: " in lines[0] and " are wrong, the first at " in lines[0]
+    assert found["operations"] == whole and found["other_codes"] > 0
 
 
-@emulated
+@pytest.mark.usefixtures("emulator")
+def test_an_emulated_engine_is_not_taken_for_a_gpu(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is a GPU: no arm of it, and the timeline and the operations say what they ran on."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = dataclasses.replace(siren.SirenConfig.preset("tiny"), spatial_layers=1, num_codebooks=2, num_experts=1)
+    arms = load("gpu_arms")
+    for build in (
+        lambda: arms.build("cuda-bf16", config, "cuda", 1, {}),
+        lambda: arms.build_residual("cuda-bf16", config, "cuda", {}),
+    ):
+        with pytest.raises(siren.BackendError, match="would run on cpu instead of cuda: unset SIREN_CUDA_EMULATE"):
+            build()
+    monkeypatch.setattr(siren.SirenConfig, "preset", lambda name: config)
+    load("cuda_timeline").run(batch="1", frames=2, out=tmp_path / "timeline.json")
+    assert json.loads((tmp_path / "timeline.json").read_text())["about"]["gpu"] == "emulated"
+    with pytest.raises(SystemExit, match="0"):
+        load("cuda_operations").run(batch=1, out=tmp_path / "operations.json")
+    assert json.loads((tmp_path / "operations.json").read_text())["device"] == "emulated"
+
+
+@pytest.mark.usefixtures("emulator")
 def test_timeline_of_the_emulator(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Every instruction of the frame is in it once, after what it waited for; the picture is drawn."""
-    monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
-    monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "3")
     timeline, arms = load("cuda_timeline"), load("arms")
     config = dataclasses.replace(siren.SirenConfig.preset("tiny"), spatial_layers=1)
     decoder = timeline.CudaDecoder(config, arms.random_experts(config, 0))

@@ -323,6 +323,28 @@ def test_a_program_that_hangs_is_ended_with_what_it_started(check: Any, tmp_path
     assert check.run("fail", [sys.executable, "-c", "print(1); raise SystemExit(3)"], 30) == (3, "1\n")
 
 
+def test_nothing_outlives_a_program_or_the_time_for_all(
+    check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a program leaves running ends with it, and a step cannot take more than is left."""
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    assert check.run("leaves", [sys.executable, "-c", code], 30) == (0, "")
+    monkeypatch.setattr(check, "stop", time.monotonic() + 3)
+    begin = time.monotonic()
+    assert check.run("late", [sys.executable, "-c", "import time; time.sleep(30)"], 30) == (None, "")
+    assert time.monotonic() - begin < 10
+    assert not mark.exists()
+
+
+def test_no_emulator_runs_under_the_name_of_the_gpu(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SIREN_CUDA_EMULATE", "SIREN_CUDA_EMULATE_SMS", "SIREN_CUDA_EMULATE_SEED", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")
+    code = "import os; print([name for name in os.environ if 'EMULATE' in name or 'INTERPRET' in name])"
+    assert check.run("names", [sys.executable, "-c", code], 30) == (0, "[]\n")
+
+
 def test_test_results_are_counted(load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu_check = load("gpu_check")
     (tmp_path / "tests").mkdir()
@@ -334,8 +356,10 @@ def test_test_results_are_counted(load: Any, check: Any, monkeypatch: pytest.Mon
     slow = "import time\n\ndef test_one():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
     (tmp_path / "tests" / "test_slow.py").write_text(slow)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "TESTS", ["mixed", "good", "missing", "slow"])
-    gpu_check.tests(check, 20)
+    for names, limit in ((["mixed"], 60), (["good", "missing"], 60), (["slow"], 4)):
+        monkeypatch.setattr(gpu_check, "TESTS", names)
+        gpu_check.tests(check, limit)
+        monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)  # xdist takes longer to start
     part = check.result["parts"]["tests"]
     assert {key: part["mixed"][key] for key in ("passed", "failed", "skipped")} == {
         "passed": 2,
@@ -374,6 +398,9 @@ def test_what_was_not_timed_is_red_and_what_was_read_stays(
     gpu_check.decode_of(check, 20, "decode", "naive-bf16", "1")
     parts = check.result["parts"]
     assert len(parts["times"]["s"]["rows"]) == len(parts["decode"]["rows"]) == 1
+    (tmp_path / "decode.py").write_text("")  # ends well and has timed nothing
+    gpu_check.decode_of(check, 20, "decode", "naive-bf16", "1")
+    assert check.result["red"][1:] == ["decode: exit code 0: no output"]
 
 
 def test_sanitizers_that_do_not_finish_are_red(

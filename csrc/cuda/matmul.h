@@ -29,24 +29,28 @@ SIREN_DEVICE void load_weights(Format format, const uint8_t* fragment, uint32_t 
   }
 }
 
+// What is added to an output's sum. Read before the barrier behind which the sums are known: a trip to memory that no
+// warp waits for.
+SIREN_DEVICE float load_addend(const Block& b, const Instruction& in, int row, int n) {
+  const Arguments& args = b.args;
+  float addend = in.bias >= 0 ? load(args.vectors + in.bias + n) : 0;
+  if (in.target != static_cast<int>(Target::add)) return addend;
+  addend += load(args.arena + in.output + row * args.dim + n);
+  const int position = in.shift == static_cast<int>(Shift::frame) ? b.time() : in.position + row / args.rows;
+  if (in.shift != static_cast<int>(Shift::none)) addend += load(args.positions + static_cast<int64_t>(position) * args.dim + n);
+  return addend;
+}
+
 // Where an output goes. `n`: of the whole matrix; `neighbour`: the output n + 1, for the even n of swiglu.
 SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int n, float value, float neighbour) {
   const Arguments& args = b.args;
   const int kv = args.kv_heads * args.head_dim;
   float* const output = args.arena + in.output;
-  if (in.bias >= 0) value += load(args.vectors + in.bias + n);
   switch (static_cast<Target>(in.target)) {
     case Target::query:
+    case Target::add:
       output[static_cast<int64_t>(row) * args.dim + n] = value;
       break;
-    case Target::add: {
-      float* at = output + static_cast<int64_t>(row) * args.dim + n;
-      value += load(at);
-      const int position = in.shift == static_cast<int>(Shift::frame) ? b.time() : in.position + row / args.rows;
-      if (in.shift != static_cast<int>(Shift::none)) value += load(args.positions + static_cast<int64_t>(position) * args.dim + n);
-      *at = value;
-      break;
-    }
     case Target::cache:
       if (n < args.dim) {
         output[static_cast<int64_t>(row) * args.dim + n] = value;
@@ -92,6 +96,9 @@ SIREN_DEVICE void add_warps(const Block& b, const Instruction& in, const float* 
                             bool fresh, bool last) {
   const int t = thread() / 64, e = thread() % 8, row = 8 * group + thread() / 8 % 8;
   const int n = (in.first + tile + t) * kTileRows + e;
+  const bool used = t < tiles && row < in.rows;
+  const float addend = used && last ? load_addend(b, in, row, n) : 0;
+  worker_sync();
   float* const own = b.sums() + group * kBlockTiles * 64 + thread();
   float sum = fresh ? 0 : *own;
 #pragma unroll
@@ -100,7 +107,6 @@ SIREN_DEVICE void add_warps(const Block& b, const Instruction& in, const float* 
     *own = sum;
     return;
   }
-  const bool used = t < tiles && row < in.rows;
   if (used && b.args.format != static_cast<int>(Format::bf16)) sum *= load(b.args.vectors + in.scale + n);
   if (used && in.norm >= 0) sum *= b.squares()[row * kWarps];
   if (in.target == static_cast<int>(Target::logits) && in.rows > b.args.sequences) {
@@ -108,7 +114,7 @@ SIREN_DEVICE void add_warps(const Block& b, const Instruction& in, const float* 
     return;
   }
   const float neighbour = shuffle_xor(sum, 1);
-  if (used) put_output(b, in, row, n, sum, neighbour);
+  if (used) put_output(b, in, row, n, sum + addend, neighbour);
 }
 
 SIREN_DEVICE void matmul(const Block& b, const Instruction& in, Ring& ring) {
@@ -187,7 +193,6 @@ SIREN_DEVICE void matmul(const Block& b, const Instruction& in, Ring& ring) {
             to[64 * t + 1] = stacked ? sum[1] + sum[3] : lower ? sum[3] : sum[1];
           }
           turn ^= 1;
-          worker_sync();
           add_warps(b, in, partial, tile, tiles, group, column == 0, last);
         }
       }
