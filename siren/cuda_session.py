@@ -260,7 +260,7 @@ class CudaState:
         with memory(what):
             self._launched = self._launch(arguments)
         follow(self._launched, frames, collect)
-        self._ahead = False
+        self._launched, self._buffers, self._ahead = None, (), False
 
     def _end_launch(self) -> None:
         """End the latest launch where an interruption came before `follow` could, so that its memory is free again."""

@@ -7,23 +7,26 @@ same, for the kernel's emulator.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import CONDITIONINGS, SirenConfig
-from .engine import check_memory, folded_tensors
+from .checkpoint import expected_shapes
+from .config import SirenConfig
+from .engine import folded_tensors
 from .errors import BackendError, CheckpointError, InputError
 from .layers import sinusoidal_positions
 from .program import Matrix, Program, build_program
+from .program_format import MAX_ROWS, Conditioning, Format
 from .tape import DTYPES, kernel_order, pack_matrix, quantise, tape_bytes
 
-FORMATS = ("bf16", "int8", "fp8")  # in the order of csrc/cuda/program.h
-_MOST_ROWS = 32  # half of what a pass over weights takes: a residual decoder begins with two positions
+FORMATS = tuple(Format.__members__)
 _POLLS = 1 << 22  # of a wait in the kernel before it gives up: seconds, where waits are microseconds
 
 # Where a checkpoint's tensor goes: a matrix of the program, or a part of its vectors.
@@ -57,9 +60,22 @@ def settle(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def _free_bytes(device: torch.device) -> float:
+    """Memory that is free, infinite where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What PyTorch keeps to use again counts too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(meminfo["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A program, and its instructions where the kernel reads them."""
+    """A program, and its instructions where the kernel reads them. Its CudaWeights keeps it for as long as it lives."""
 
     program: Program
     instructions: Tensor  # int32 [n, 32]
@@ -141,9 +157,10 @@ class CudaWeights:
 
     def plan(self, sequences: int, guided: bool) -> Plan:
         """The program of this many sequences, made at its first use. Threads may share it."""
-        if sequences * (2 if guided else 1) > _MOST_ROWS:
+        most = MAX_ROWS // 2  # a residual decoder begins with two positions in one pass
+        if sequences * (2 if guided else 1) > most:
             raise InputError(
-                f"backend 'cuda' decodes at most {_MOST_ROWS} sequences at a time, with guidance {_MOST_ROWS // 2}, "
+                f"backend 'cuda' decodes at most {most} sequences at a time, with guidance {most // 2}, "
                 f"and was given {sequences}: split the batch, or use backend 'triton'"
             )
         with self._lock:
@@ -155,7 +172,11 @@ class CudaWeights:
             return self._plans[key]
 
     def arguments(self, plan: Plan) -> dict[str, Any]:
-        """Fields of csrc/cuda/program.h's Arguments that do not change from launch to launch of a plan."""
+        """Fields of csrc/cuda/program.h's Arguments that do not change from launch to launch of a plan.
+
+        They are addresses in this object's tensors and the plan's: whoever launches keeps this object until the launch
+        has ended, and beside it the memory of the fields that it adds.
+        """
         config, program = self.config, plan.program
         offsets = {
             name: program.regions[name][0] if name in program.regions else 0
@@ -186,8 +207,8 @@ class CudaWeights:
             "codebooks": config.num_codebooks,
             "experts": config.num_experts,
             "codes_per_codebook": config.codebook_size,
-            "conditioning": CONDITIONINGS.index(config.conditioning),
-            "format": FORMATS.index(self.kind),
+            "conditioning": Conditioning[config.conditioning],
+            "format": Format[self.kind],
             "staged_bytes": program.staged_bytes,
             "stages": 0,  # as many as fit
             "spin_limit": _POLLS,
@@ -234,16 +255,14 @@ class CudaWeights:
         return torch.stack(means, dim=1) + start
 
     def _check_memory(self, program: Program) -> None:
-        if self.device.type != "cuda":
-            check_memory(self.config, self.kind)
-            return
+        """Raise BackendError if the weights cannot fit, before any are read."""
         config, item = self.config, DTYPES[self.kind].itemsize
         needed = tape_bytes(program, self.kind) + 4 * program.vector_floats
         needed += 2 * config.num_experts * config.num_codebooks * config.codebook_size * config.dim
+        needed += 4 * config.dim * max(config.max_seq_len, config.codes_per_expert + 1)  # positions
         if not self.residual:
             needed += item * config.num_experts * (2 * config.spatial_layers + 1) * config.dim * config.prompt_dim
-        free, _ = torch.cuda.mem_get_info(self.device)
-        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)  # PyTorch's to reuse
+        free = _free_bytes(self.device)
         if needed > free:
             lighter = "; weights='int8' need less" if self.kind == "bf16" else ""
             raise BackendError(
@@ -252,15 +271,32 @@ class CudaWeights:
             )
 
     def _load(self, experts: Iterable[tuple[int, Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]]]) -> None:
-        config, loaded = self.config, 0
+        shapes = expected_shapes(self.config)
+        missing = {(k, name) for k in range(self.config.num_experts) for name in shapes}
+
+        def checked(k: int, items: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in items:
+                if name not in shapes or k not in range(self.config.num_experts):
+                    raise CheckpointError(f"expert {k}: {name} is not a tensor of this model")
+                if tuple(tensor.shape) != shapes[name]:
+                    shape, wanted = list(tensor.shape), list(shapes[name])
+                    raise CheckpointError(f"expert {k}: {name} has shape {shape}, not {wanted}")
+                missing.discard((k, name))
+                yield name, tensor
+
         for start_codebook, tensors in experts:
+            k = start_codebook // self.config.codes_per_expert
             items = tensors.items() if isinstance(tensors, Mapping) else tensors
-            for name, tensor in folded_tensors(items):
+            for name, tensor in folded_tensors(checked(k, items)):
                 value = tensor.detach().to(self.device, torch.float32)
-                self._put(start_codebook // config.codes_per_expert, name, value)
-            loaded += 1
-        if loaded != config.num_experts:
-            raise CheckpointError(f"expected {config.num_experts} experts, got {loaded}")
+                # In the coarsest range that values are kept in: what it cannot hold would be infinite on the device.
+                if not torch.stack(value.aminmax()).to(torch.bfloat16).isfinite().all():
+                    raise CheckpointError(f"expert {k}: {name} holds a value that is not finite")
+                self._put(k, name, value)
+        if missing:
+            k, name = min(missing)
+            others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"expert {k}: {name} is missing{others}")
 
     def _put(self, k: int, name: str, value: Tensor) -> None:
         """One tensor of expert k under its checkpoint's name."""
@@ -286,10 +322,8 @@ class CudaWeights:
         elif name == "prompt_summary.weight":
             if not self.residual:
                 self._summary.put((k,), value)
-        elif name in ("prompt_summary.bias", "start"):
+        else:  # "prompt_summary.bias" or "start"
             self._start[k] = value.flatten()
-        else:
-            raise CheckpointError(f"unexpected tensor {name!r}")
 
     def _put_block(self, k: int, block: int, name: str, value: Tensor) -> None:
         """A tensor of a backbone's block."""

@@ -1,15 +1,18 @@
-"""backend="cuda" on the kernel's emulator: the codes of the CPU engine, sessions that stop and go on, clear errors.
+"""backend="cuda": the codes of the CPU engine, sessions that stop and go on, clear errors.
 
-The kernel's own source runs, its threads as fibers in an order that a seed draws; a frame of these tiny models takes a
-tenth of a second. What each operation of it does is in test_cuda_kernel.py.
+With a GPU the kernel runs on it. Without one its own source runs in the emulator, its threads as fibers in an order
+that a seed draws; a frame of these tiny models takes a tenth of a second. What each operation of it does is in
+test_cuda_kernel.py.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,16 +21,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-
-pytest.importorskip("siren._emulator", reason="the emulator of the CUDA kernel is not built")
-
 from random_models import forward, random_experts, random_inputs, states
 from random_programs import configs
 
 import siren
 from siren import cuda_session
 from siren.cuda_engine import CudaDecoder
-from siren.errors import BackendError, InputError, SamplingError
+from siren.errors import BackendError, CheckpointError, InputError, SamplingError
 from siren.reference import ReferenceDecoder
 from siren.sampling import SamplingSettings
 from siren.tape import quantise
@@ -49,11 +49,21 @@ SMALL = siren.SirenConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("siren._emulator", reason="the emulator of the CUDA kernel is not built")
     monkeypatch.setenv("SIREN_CUDA_EMULATE", "1")
     monkeypatch.setenv("SIREN_CUDA_EMULATE_SMS", "3")
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU where there is one: a test of the emulator itself calls emulate()."""
+    monkeypatch.delenv("SIREN_CUDA_EMULATE", raising=False)
     monkeypatch.setenv("SIREN_CPU_ISA", "portable")  # the path that rounds no activations
+    if torch.cuda.is_available():
+        pytest.importorskip("siren._cuda", reason="nvcc was not there when siren was built")
+    else:
+        emulate(monkeypatch)
 
 
 def model_of(config: siren.SirenConfig, seed: int) -> siren.Siren:
@@ -128,13 +138,17 @@ def lean(config: siren.SirenConfig) -> siren.SirenConfig:
 
 
 def rounded(experts: list[torch.nn.Module], weights: str) -> list[torch.nn.Module]:
-    """The experts with every matrix as it is on the tape."""
+    """The experts with every matrix as it is on the tape, and tables in bf16: codebooks, with maps that are ones."""
     experts = copy.deepcopy(experts)
     for expert in experts:
         for name, parameter in expert.named_parameters():
             if parameter.ndim == 2 and not name.startswith("codebooks."):
                 values, scales = quantise(parameter.data, weights)
                 parameter.data = values.float() if scales is None else values.float() * scales.unsqueeze(1)
+        for layer in expert.codebooks.layers:
+            layer.codebook.weight.data = layer.table().detach().to(torch.bfloat16).float()
+            for linear in (layer.dac_out, layer.projector):
+                linear.weight.data, linear.bias.data = torch.eye(expert.config.dim), torch.zeros(expert.config.dim)
     return experts
 
 
@@ -147,7 +161,8 @@ def rounded(experts: list[torch.nn.Module], weights: str) -> list[torch.nn.Modul
     sms=st.integers(1, 9),
 )
 def test_random_models(config: siren.SirenConfig, seed: int, weights: str, guidance: float, sms: int) -> None:
-    """Teacher forced, of any shape: at most twice PyTorch's own error at that precision, against float64."""
+    """Teacher forced, of any shape, against float64 with the weights that the tape holds: what is left is the
+    kernel's own rounding."""
     experts = random_experts(config, seed)
     codes, prompt, mask = random_inputs(config, seed, 2, 5, 2)
     settings, seeds = SamplingSettings(guidance_scale=guidance), np.arange(2, dtype=np.uint64)
@@ -159,15 +174,18 @@ def test_random_models(config: siren.SirenConfig, seed: int, weights: str, guida
         patch.setenv("SIREN_CUDA_EMULATE_SMS", str(sms))
         patch.setenv("SIREN_CUDA_EMULATE_SEED", str(seed))
         ours = run(CudaDecoder(config, states(experts), weights))
-    exact = run(ReferenceDecoder(config, states(experts), "fp32"))
-    plain = run(ReferenceDecoder(config, states(experts), "bf16"))
+    held = rounded(experts, weights)
     if guidance == 1:
-        exact = forward([copy.deepcopy(expert).double() for expert in experts], codes, prompt.double(), mask)
-    if weights != "bf16":
-        plain = plain + (run(ReferenceDecoder(config, states(rounded(experts, weights)), "fp32")) - exact)
-    floor = (2 if guidance == 1 else 6) * torch.finfo(torch.bfloat16).eps * exact.norm()
-    print(f"{config}: error {(ours - exact).norm():.3g}, PyTorch {(plain - exact).norm():.3g}")
-    assert (ours - exact).norm() <= max(2 * (plain - exact).norm(), floor)
+        exact = forward([expert.double() for expert in held], codes, prompt.double(), mask)
+    else:
+        wide = dataclasses.replace(config, dac_code_dim=config.dim, dac_feature_dim=config.dim)
+        exact = run(ReferenceDecoder(wide, states(held), "fp32"))
+    # The caches are bf16, of 8 bits: what is read of them is off by at most 2^-9 of itself. Activations have 16 bits,
+    # which does not show beside that: with activations of 8 bits, as in PyTorch's bf16, it would be two to four times
+    # as much. Guidance by 1.5 adds up one and a half of one error and half of another.
+    allowed = (1 if guidance == 1 else 2) * 2**-9 * exact.norm()
+    print(f"{config}: error {(ours - exact).norm():.3g}, allowed {allowed:.3g}")
+    assert (ours - exact).norm() <= allowed
 
 
 @hypothesis.settings(max_examples=4, derandomize=True)  # somewhere two codes nearly tie, and rounding decides
@@ -187,7 +205,7 @@ def test_random_models_draw_what_the_cpu_engine_draws(
         siren.Sampler(model, backend, weights).sample(prompt, mask, frames=2) for backend in ("cuda", "cpu")
     )
     assert torch.equal(ours.codes, theirs.codes)
-    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, rtol=2e-3, atol=2e-3)
 
 
 # ---- one answer, however the work is scheduled ----------------------------------------------------------------------
@@ -196,10 +214,11 @@ def test_random_models_draw_what_the_cpu_engine_draws(
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(schedule=st.integers(1, 2**32 - 1), sms=st.sampled_from([1, 2, 5, 11]))
 def test_schedules(schedule: int, sms: int, small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Any order of the threads and any number of SMs give the same bits."""
+    """Any order of the threads and any number of SMs give the same bits, in the emulator."""
     results = []
     for count, order in (("3", "0"), (str(sms), str(schedule)), (str(sms), str(schedule))):
         with pytest.MonkeyPatch.context() as patch:
+            emulate(patch)
             patch.setenv("SIREN_CUDA_EMULATE_SMS", count)
             patch.setenv("SIREN_CUDA_EMULATE_SEED", order)
             results.append(siren.Sampler(small, "cuda", "int8").sample(*inputs, frames=2, top_p=0.9))
@@ -325,7 +344,7 @@ def test_stopped_between_frames(
 def test_interrupted_while_waiting(
     small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C between two looks, and again while the launch ends: it has ended, and the session goes on."""
+    """Ctrl-C at the first look, and again while the launch ends: it has ended, and the session goes on."""
     sampler = siren.Sampler(small, "cuda", "bf16")
     session = sampler.start(*inputs)
     launched = session._state._launch
@@ -339,7 +358,7 @@ def test_interrupted_while_waiting(
 
         def wait(self, seen: int, milliseconds: int) -> int:
             self.looks += 1
-            if self.looks in (2, 3):
+            if self.looks in (1, 2):
                 raise KeyboardInterrupt
             return self.handle.wait(seen, milliseconds)
 
@@ -359,6 +378,124 @@ def test_interrupted_while_waiting(
     assert done < 66
     session.step(3)
     assert torch.equal(session.codes, sampler.sample(*inputs, frames=done + 3).codes)
+
+
+def test_interrupted_before_the_first_look(
+    small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when a launch has begun and nobody follows it yet: the next turn, or the session's end, ends it first."""
+    sampler = siren.Sampler(small, "cuda", "bf16")
+    expected = sampler.sample(*inputs, frames=3)
+    handles = []
+
+    def interrupted(handle: cuda_session.Handle, *_: object) -> None:
+        handles.append(handle)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        session = sampler.start(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda_session, "follow", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.step(66)
+    session.select([2, 0, 1])
+    assert [handle.finished for handle in handles] == [True, True]  # the first session is gone
+    session.step(3)
+    assert torch.equal(session.codes, expected.codes[[2, 0, 1]])
+
+
+def test_the_first_error_stays(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Ctrl-C while a launch ends that an error stopped: the error comes, once the launch has ended."""
+
+    class Handle:
+        finished, ended = False, 0
+
+        def wait(self, seen: int, milliseconds: int) -> int:
+            self.ended += 1
+            self.finished = self.ended == 3
+            if self.ended == 2:
+                raise KeyboardInterrupt
+            return 1
+
+        def cancel(self) -> None:
+            pass
+
+    def collect(frame: int) -> None:
+        raise Stop
+
+    handle = Handle()
+    with pytest.raises(Stop):
+        cuda_session.follow(handle, 5, collect)
+    assert handle.finished
+
+
+def test_callbacks_may_use_autograd(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Out of inference mode, on what the session gives there."""
+    session, kept = siren.Sampler(small, "cuda", "bf16").start(*inputs), []
+
+    def train(done: int, frames: int) -> None:
+        weight = torch.ones((), requires_grad=True)
+        kept.append(session.logprobs)
+        (weight * kept[-1]).sum().backward()
+        torch.testing.assert_close(weight.grad, kept[-1].sum())
+
+    session.step(2, train)
+    weight = torch.ones((), requires_grad=True)
+    (weight * kept[-1]).sum().backward()
+    assert not session.codes.is_inference()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_memory_errors_of_a_callback(
+    error: type[Exception], small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """They are the caller's: they come as they are."""
+
+    def fail(done: int, frames: int) -> None:
+        raise error("mine")
+
+    session = siren.Sampler(small, "cuda", "bf16").start(*inputs)
+    with pytest.raises(error, match="mine"):
+        session.step(2, fail)
+    assert session.frame == 1
+
+
+def test_memory_errors(
+    small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the device or the host, in a new cache, in a launch's buffers or in the launch: the session is as before."""
+    emulate(monkeypatch)
+    sampler = siren.Sampler(small, "cuda", "bf16")
+    session = sampler.start(*inputs)
+
+    def full(*_: object) -> torch.Tensor:
+        return torch.empty(1 << 50)  # of the host: four petabytes
+
+    def full_device(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no memory for a grid of 9 bytes")
+
+    state = session._state
+    for where, name, failure, step in (
+        (state, "_new_cache", full, lambda: session.step(2)),
+        (cuda_session, "host_tensor", full, lambda: session.step(2)),
+        (state, "_launch", full_device, lambda: session.step(2)),
+        (state, "_new_arena", full, lambda: session.select([0, 1, 2])),
+        (state, "_go_back", full_device, lambda: state.force(torch.zeros(3, 4, 1, dtype=torch.int64))),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, failure)
+            with pytest.raises(InputError, match=r"^not enough memory for .*: use fewer sequences or frames$"):
+                step()
+        assert session.frame == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("siren._emulator.run", fails)
+        with pytest.raises(BackendError, match="backend 'cuda': no memory for a grid of 9 bytes"):
+            session.step(2)
+    session.step(2)
+    assert torch.equal(session.codes, sampler.sample(*inputs, frames=2).codes)
 
 
 def test_callbacks_cannot_use_their_session(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -472,7 +609,8 @@ def test_from_pretrained(golden_folder: Path, golden_model: siren.Siren) -> None
         torch.testing.assert_close(one.tables.float(), other.tables.float(), rtol=1e-2, atol=1e-6)
 
 
-def test_describe(small: siren.Siren) -> None:
+def test_describe(small: siren.Siren, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch)
     values = siren.Sampler(small, "cuda", "fp8").describe()
     assert values["backend"] == values["requested"] == "cuda"
     assert (values["weights"], values["device"], values["sms"]) == ("fp8", "emulated", 3)
@@ -500,10 +638,67 @@ def test_what_cannot_be_asked_for(small: siren.Siren, monkeypatch: pytest.Monkey
 
 
 def test_too_large_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error before any weights are read."""
+    """An error before any weights are read. Where only the residual decoders are wanted, backbones do not count."""
+    emulate(monkeypatch)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 9 kB")
     with pytest.raises(BackendError, match=r"^bf16 weights of this model need 0\.0 GB .*; weights='int8' need less$"):
         CudaDecoder(SMALL, iter(()), "bf16")
+    tall = dataclasses.replace(SMALL, spatial_layers=60)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "MemAvailable: 200 kB")
+    with pytest.raises(BackendError, match="weights of this model need"):
+        CudaDecoder(tall, iter(()), "bf16")
+    with pytest.raises(CheckpointError, match="is missing"):  # past the check
+        CudaDecoder(tall, iter(()), "bf16", residual=True)
+    long = dataclasses.replace(SMALL, max_seq_len=2000)  # positions of 256 kB
+    with pytest.raises(BackendError, match="weights of this model need"):
+        CudaDecoder(long, iter(()), "bf16", residual=True)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_too_large_while_loading(error: Exception, small: siren.Siren) -> None:
+    def experts() -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        yield states(small.experts)[0]
+        raise error
+
+    with pytest.raises(BackendError, match=r"^not enough memory on .* for this model with int8 weights$"):
+        CudaDecoder(SMALL, experts(), "int8")
+
+
+CODEBOOK = "codebooks.layers.1.codebook.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sos", None, "sos is missing"),
+        (CODEBOOK, None, f"{CODEBOOK} is missing"),
+        ("bogus", torch.zeros(3), "bogus is not a tensor of this model"),
+        (
+            "spatial_blocks.0.bogus.weight",
+            torch.zeros(3),
+            "spatial_blocks.0.bogus.weight is not a tensor of this model",
+        ),
+        ("heads.1.weight", torch.zeros(40, 31), "heads.1.weight has shape [40, 31], not [40, 32]"),
+        (CODEBOOK, torch.zeros(2, 40), f"{CODEBOOK} has shape [2, 40], not [40, 2]"),
+        ("spatial_norm.weight", torch.full((32,), torch.nan), "spatial_norm.weight holds a value that is not finite"),
+        ("heads.0.weight", torch.full((40, 32), torch.inf), "heads.0.weight holds a value that is not finite"),
+        ("heads.0.weight", torch.full((40, 32), 3.4e38), "heads.0.weight holds a value that is not finite"),
+        (CODEBOOK, torch.full((40, 2), 3e38), "codebooks.layers.1.table holds a value that is not finite"),
+    ],
+)
+def test_weights_that_cannot_be_used(name: str, change: torch.Tensor | None, message: str, small: siren.Siren) -> None:
+    """One line that names the expert and the tensor; 3.4e38 would be infinite in bf16, a table once it is folded."""
+    experts = [(start, dict(state)) for start, state in states(small.experts)]
+    if change is None:
+        del experts[1][1][name]
+    else:
+        experts[1][1][name] = change
+    if name == CODEBOOK and change is not None:
+        experts[1][1]["codebooks.layers.1.dac_out.weight"] = torch.full((3, 2), 9.0)
+    with pytest.raises(CheckpointError, match=f"^expert 1: {re.escape(message)}$"):
+        CudaDecoder(SMALL, experts)
+    with pytest.raises(CheckpointError, match=r"^expert 1: \S* is missing, and \d+ more$"):
+        CudaDecoder(SMALL, states(small.experts)[:1])
 
 
 @pytest.mark.parametrize(
@@ -512,9 +707,16 @@ def test_too_large_for_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SIREN_CUDA_EMULATE", "yes", "SIREN_CUDA_EMULATE must be 0 or 1, not 'yes'"),
         ("SIREN_CUDA_EMULATE_SMS", "0", "SIREN_CUDA_EMULATE_SMS must be a whole number from 1 to 1024, not '0'"),
         ("SIREN_CUDA_EMULATE_SEED", "-1", "SIREN_CUDA_EMULATE_SEED must be a whole number from 0 to 4294967295, not"),
+        (
+            "SIREN_CUDA_EMULATE_SEED",
+            "9" * 5000,
+            "_SEED must be a whole number from 0 to 4294967295, not '9{12}.{,30}'$",
+        ),
+        ("SIREN_CUDA_EMULATE_SMS", "9" * 5000, "_SMS must be a whole number from 1 to 1024, not '9{12}.{,30}'$"),
     ],
 )
 def test_environment(name: str, value: str, message: str, small: siren.Siren, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(monkeypatch)
     monkeypatch.setenv(name, value)
     with pytest.raises(BackendError, match=message):
         siren.Sampler(small, "cuda")
@@ -538,7 +740,7 @@ def test_what_is_not_built(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(small: siren.Siren, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SIREN_CUDA_EMULATE")
+    monkeypatch.setenv("SIREN_CUDA_EMULATE", "0")
     pytest.importorskip("siren._cuda", reason="nvcc was not there when siren was built")
     with pytest.raises(BackendError, match=r"needs a GPU, and PyTorch sees none: use .*SIREN_CUDA_EMULATE=1"):
         siren.Sampler(small, "cuda")
@@ -546,7 +748,7 @@ def test_without_a_gpu(small: siren.Siren, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_on_an_old_gpu(small: siren.Siren, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"sms": 40, "shared_bytes": 65536, "capability": (7, 5), "name": "Tesla T4"}
-    monkeypatch.delenv("SIREN_CUDA_EMULATE")
+    monkeypatch.setenv("SIREN_CUDA_EMULATE", "0")
     monkeypatch.setitem(sys.modules, "siren._cuda", SimpleNamespace(properties=lambda device: found))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

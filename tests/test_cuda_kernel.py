@@ -28,6 +28,7 @@ import siren
 from siren import _emulator
 from siren.cuda_session import follow, settings_arguments
 from siren.cuda_weights import CudaWeights
+from siren.errors import BackendError
 from siren.program import Operation, Program
 from siren.program_executor import Executor, State, new_state
 from siren.sampling import SamplingSettings
@@ -177,9 +178,12 @@ def check_operation(case: Case, operation: Operation, frame: int, schedule: int 
     reads, writes = (marked(case, operation, frame, write) for write in (False, True))
     before = poisoned(case, reads)
     after, expected = copy_of(before), case.state
-    case.run_kernel(after, operation, frame, schedule)
+    where = f"{operation.name}, frame {frame}, schedule {schedule}"
+    try:
+        case.run_kernel(after, operation, frame, schedule)
+    except BackendError as error:
+        pytest.fail(f"{where}: {error}")
     case.executor.run(operation, expected, frame, 0)
-    where = f"{operation.name}, frame {frame}"
 
     codebook = operation.fields["codebook"]
     for name in ("codes_out", "logprobs_out"):
@@ -223,17 +227,21 @@ def check_frames(
         case.state.noise_frames += 1
 
 
-@pytest.mark.parametrize(("weights", "sms"), [("bf16", 1), ("bf16", 13), ("int8", 5), ("fp8", 4)])
-def test_every_operation(weights: str, sms: int) -> None:
-    """Two frames of a model with everything in it, in every format, on fewer SMs than experts and on more."""
-    check_frames(build(CONFIG, weights, sms=sms), range(2))
+@pytest.mark.parametrize(
+    ("weights", "sms", "schedule"), [("bf16", 1, 0), ("bf16", 13, 11), ("int8", 5, 2**32 - 1), ("fp8", 4, 1)]
+)
+def test_every_operation(weights: str, sms: int, schedule: int) -> None:
+    """Two frames of a model with everything in it, in every format, on fewer SMs than experts and on more, the threads
+    in turn and in random orders."""
+    check_frames(build(CONFIG, weights, sms=sms), range(2), schedule)
 
 
-def test_official_model(golden_model: siren.Siren) -> None:
+@pytest.mark.parametrize("schedule", [0, 5])
+def test_official_model(schedule: int, golden_model: siren.Siren) -> None:
     """The fourth frame."""
     case = build(golden_model.config, "int8", 2, 7, experts=golden_model.experts)
     check_frames(case, range(3), wanted=lambda _: False)
-    check_frames(case, [3])
+    check_frames(case, [3], schedule)
 
 
 def check_each_sort(case: Case, frame: int, seed: int) -> None:

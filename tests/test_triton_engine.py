@@ -217,6 +217,39 @@ def test_stopped_with_frames_ahead(small: siren.Siren, inputs: tuple[torch.Tenso
     assert torch.equal(session.codes, expected.codes[[2, 0]])
 
 
+def test_callbacks_may_use_autograd(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Out of inference mode, on what the session gives there."""
+    prompt, mask = (tensor[:1] for tensor in inputs)
+    session, kept = siren.Sampler(small, "triton", "fp32").start(prompt, mask), []
+
+    def train(done: int, frames: int) -> None:
+        weight = torch.ones((), requires_grad=True)
+        kept.append(session.logprobs)
+        (weight * kept[-1]).sum().backward()
+        torch.testing.assert_close(weight.grad, kept[-1].sum())
+
+    session.step(2, train)
+    weight = torch.ones((), requires_grad=True)
+    (weight * kept[-1]).sum().backward()
+    assert not session.codes.is_inference()
+
+
+def test_memory_errors(
+    small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callback's own comes as it is; the engine's says what to do."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    session = siren.Sampler(small, "triton", "fp32").start(*(tensor[:1] for tensor in inputs))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        session.step(1, full)
+    monkeypatch.setattr(session._state, "_advance", full)
+    with pytest.raises(InputError, match="not enough memory on the device for 2 more frames of 1 sequences: use fewer"):
+        session.step(2)
+
+
 def test_callbacks_cannot_use_their_session(small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     """An error instead of waiting for itself; the session goes on."""
     prompt, mask = inputs
