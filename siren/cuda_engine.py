@@ -23,18 +23,9 @@ from torch import Tensor
 
 from .checkpoint import Manifest, iter_tensors
 from .config import SirenConfig
-from .cuda_session import (
-    CudaState,
-    Launcher,
-    follow,
-    host_tensor,
-    memory,
-    on_device,
-    out_of_memory,
-    region,
-    settings_arguments,
-)
+from .cuda_session import CudaState, Launcher, follow, host_tensor, region, settings_arguments
 from .cuda_weights import FORMATS, CudaWeights
+from .device_session import memory, on_device, out_of_memory
 from .errors import BackendError
 from .sampling import SamplingSettings, check_drawn
 

@@ -8,10 +8,8 @@ ahead of the frames that count: the next launch puts back the little that a fram
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cuda_weights import CudaWeights, Plan, settle
-from .errors import BackendError, InputError
+from .device_session import DeviceState, memory, on_device
+from .errors import BackendError
 from .reference import distinct_prompts
-from .sampling import SamplingSettings, check_drawn
+from .sampling import SamplingSettings
 
-_FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
 _MOST_FRAMES = 4096  # of a launch
 _MOST_EPOCHS = 1 << 31  # frames times operations, which the kernel counts in 32 bits
 _PATIENCE = 50  # milliseconds between two looks at a launch, and so until Ctrl-C is noticed
@@ -45,11 +43,6 @@ class Handle(Protocol):
 
 
 Launcher = Callable[[dict[str, Any]], Handle]
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Launches inside go to this GPU; nothing on the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -102,23 +95,7 @@ def _end(handle: Handle) -> None:
             continue
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether this says that the device's memory or the host's is full, which PyTorch has a type for on GPUs alone."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-@contextlib.contextmanager
-def memory(what: str) -> Iterator[None]:
-    """Turns an error of our own allocations into one that says what to do; nothing of a caller's may run inside."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        raise InputError(f"not enough memory for {what}: use fewer sequences or frames") from error
-
-
-class CudaState:
+class CudaState(DeviceState):
     """Sequences being decoded. Calls from several threads take turns."""
 
     _launched: Handle | None = None  # the latest launch, which may still be under way where an interruption came early
@@ -134,11 +111,9 @@ class CudaState:
         seeds: NDArray[np.uint64],
         settings: SamplingSettings,
     ) -> None:
-        config, device = weights.config, weights.device
-        self.weights, self.settings, self._launch = weights, settings, launch
-        self.batch, self.frame, self.capacity = len(seeds), 0, 0
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # the thread whose turn it is
+        device = weights.device
+        super().__init__(weights.config, device, len(seeds), settings)
+        self.weights, self._launch = weights, launch
         tokens, mask, index = distinct_prompts(prompt, prompt_mask, settings.guided)
         with memory(f"{self.batch} sequences"), on_device(device):
             self._plan = weights.plan(self.batch, settings.guided)
@@ -152,18 +127,6 @@ class CudaState:
             self._arena = self._new_arena(self._plan, self._start)
             settle(device)
         self._ahead = True  # whether the arena may not be that of the last frame that counts
-        self._codes = torch.empty(self.batch, config.num_codebooks, 0, dtype=torch.int64)
-        self._logprobs = torch.empty(self.batch, config.num_codebooks, 0)
-
-    @property
-    def codes(self) -> Tensor:
-        """int64 [B, num_codebooks, frame], on the CPU."""
-        return self._codes[:, :, : self.frame].clone()
-
-    @property
-    def logprobs(self) -> Tensor:
-        """float32 [B, num_codebooks, frame], on the CPU."""
-        return self._logprobs[:, :, : self.frame].clone()
 
     def __del__(self) -> None:
         self._end_launch()  # before its memory goes
@@ -199,22 +162,11 @@ class CudaState:
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
         """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
         with self._turn(), memory(f"{len(indices)} sequences"):
-            if max(indices) >= self.batch:  # another thread may have been here since the caller looked
-                raise InputError(f"there is no sequence {max(indices)} of {self.batch}")
+            taken = self._kept(indices, seeds)
             plan = self.weights.plan(len(indices), self.settings.guided)
-            kept = torch.tensor(indices)
-            rows = torch.cat((kept, self.batch + kept)) if self.settings.guided else kept
-            places = {"_keys": (2, rows), "_values": (2, rows), "_start": (1, rows), "_prompt_index": (0, rows)}
-            places |= {"_seeds": (0, kept)}
-            taken: dict[str, Any] = {
-                name: getattr(self, name).index_select(dim, index.to(self.weights.device))
-                for name, (dim, index) in places.items()
-            }
-            if seeds is not None:
-                taken["_seeds"] = torch.from_numpy(seeds.view(np.int64)).to(self.weights.device)
-            taken |= {"_codes": self._codes[kept], "_logprobs": self._logprobs[kept]}
             taken |= {"_plan": plan, "_arena": self._new_arena(plan, taken["_start"]), "_ahead": True}
-            self.__dict__.update(taken, batch=len(kept))  # at once: an interruption finds all or none
+            self.__dict__.update(taken)  # at once: an interruption finds all or none
+            settle(self._device)
 
     def _decode(self, frames: int, forced: Tensor | None, collected: Callable[[], None]) -> None:
         """One launch: `frames` more frames, or one with codes int32 [num_codebooks, B] that are given."""
@@ -228,10 +180,7 @@ class CudaState:
             noise_frames = torch.full((self.batch,), self.frame, dtype=torch.int32, device=device)
 
         def collect(frame: int) -> None:
-            check_drawn(logprobs[frame].T, self.frame)
-            self._codes[:, :, self.frame] = codes[frame].T
-            self._logprobs[:, :, self.frame] = logprobs[frame].T
-            self.frame += 1
+            self._count(codes[frame].T, logprobs[frame].T)
             collected()
 
         arguments = {
@@ -262,25 +211,14 @@ class CudaState:
         follow(self._launched, frames, collect)
         self._launched, self._buffers, self._ahead = None, (), False
 
+    def _begin(self) -> None:
+        self._end_launch()
+
     def _end_launch(self) -> None:
         """End the latest launch where an interruption came before `follow` could, so that its memory is free again."""
         if self._launched is not None:
             _end(self._launched)
             self._launched, self._buffers = None, ()
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """This thread's turn, with no launch under way."""
-        if self._owner == threading.get_ident():
-            raise InputError("a session cannot be stepped or selected from its own on_frame")
-        with self._lock, on_device(self.weights.device):
-            self._owner = threading.get_ident()
-            try:
-                self._end_launch()
-                yield
-                settle(self.weights.device)
-            finally:
-                self._owner = None
 
     def _most_frames(self) -> int:
         """Frames that one launch can count."""
@@ -312,23 +250,6 @@ class CudaState:
         shape = (2, experts, blocks, rows, config.n_kv_heads, capacity, config.head_dim)
         keys, values = torch.empty(shape, dtype=torch.bfloat16, device=self.weights.device).unbind(0)
         return keys, values
-
-    def _reserve(self, frames: int) -> None:
-        """Room for this many frames in all. Doubling keeps the copies of a long stream of short steps linear."""
-        if frames <= self.capacity:
-            return
-        used, longest = self.frame, self.weights.config.max_seq_len
-        if frames > longest:  # another thread may have stepped since the caller looked
-            raise InputError(f"{frames} frames exceed max_seq_len, which is {longest}")
-        capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
-        with memory(f"{frames} frames of {self.batch} sequences"):
-            keys, values = self._new_cache(capacity)
-            keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
-            shape = (self.batch, self.weights.config.num_codebooks, capacity)
-            codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-            codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
-        grown = {"_keys": keys, "_values": values, "_codes": codes, "_logprobs": logprobs, "capacity": capacity}
-        self.__dict__.update(grown)
 
 
 def settings_arguments(settings: SamplingSettings) -> dict[str, Any]:

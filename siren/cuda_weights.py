@@ -7,11 +7,9 @@ same, for the kernel's emulator.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from .checkpoint import expected_shapes
 from .config import SirenConfig
-from .engine import folded_tensors
+from .engine import folded_tensors, free_memory
 from .errors import BackendError, CheckpointError, InputError
 from .layers import sinusoidal_positions
 from .program import Matrix, Program, build_program
@@ -62,15 +60,11 @@ def settle(device: torch.device) -> None:
 
 def _free_bytes(device: torch.device) -> float:
     """Memory that is free, infinite where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # What PyTorch keeps to use again counts too.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(meminfo["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return math.inf
+    if device.type != "cuda":
+        return free_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    # What PyTorch keeps to use again counts too.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)

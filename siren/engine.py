@@ -25,7 +25,7 @@ from .sampling import SamplingSettings
 if TYPE_CHECKING:
     from types import ModuleType
 
-_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "fp8": 1}
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 _EMBEDDING_PARTS = ("codebook.weight", "dac_out.weight", "dac_out.bias", "projector.weight", "projector.bias")
 
 
@@ -70,18 +70,23 @@ def default_threads() -> int:
     return count
 
 
+def free_memory() -> float:
+    """Bytes of the host's memory that are free, infinite where the system does not say."""
+    try:
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(meminfo["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
 def check_memory(config: SirenConfig, weights: str) -> None:
     """Raise BackendError if the weights cannot fit: better than a process that the system kills while loading."""
     parameters = config.num_experts * sum(math.prod(shape) for shape in expected_shapes(config).values())
     positions = 4 * config.dim * max(config.max_seq_len, config.codes_per_expert + 1)
     needed = parameters * _BYTES[weights] + positions
-    try:
-        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return
+    free = free_memory()
     if needed > free:
-        lighter = "" if _BYTES[weights] == 1 else "; weights='int8' need less"
+        lighter = "" if weights == "int8" else "; weights='int8' need less"
         sizes = f"need {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
         raise BackendError(f"{weights} weights of this model {sizes}{lighter}")
 

@@ -9,33 +9,23 @@ first, so that nothing done on the way out can go wrong.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import InputError
+from .device_session import DeviceState, memory, on_device
 from .reference import distinct_prompts
-from .sampling import SamplingSettings, check_drawn
+from .sampling import SamplingSettings
 from .triton_weights import TritonWeights
 
-_FIRST_CAPACITY = 64  # frames that a session's cache has room for at first
 _CAPTURE = threading.Lock()  # PyTorch allows one capture at a time in a process
 _AHEAD = 8  # frames that may be launched and not yet collected, so that the device has the next one at hand
-
-
-@contextlib.contextmanager
-def _memory(what: str) -> Iterator[None]:
-    """Turns an error of our own allocations into one that says what to do; nothing of a caller's may run inside."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"not enough memory on the device for {what}: use fewer sequences or frames") from error
 
 
 class _Flight:
@@ -57,8 +47,10 @@ class _Flight:
             self.event.synchronize()
 
 
-class TritonState:
+class TritonState(DeviceState):
     """Sequences being decoded. Calls from several threads take turns."""
+
+    _FORGOTTEN: ClassVar[dict[str, Any]] = {"_graph": None, "_warm": False}
 
     @torch.inference_mode()
     def __init__(
@@ -70,17 +62,14 @@ class TritonState:
         settings: SamplingSettings,
         persistent: bool,
     ) -> None:
-        config, device = weights.config, weights.device
-        self.weights, self.settings, self.persistent = weights, settings, persistent
-        self.batch, self.frame, self.capacity = len(seeds), 0, 0
-        self.rows = self.batch * (2 if settings.guided else 1)
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # the thread whose turn it is
+        device = weights.device
+        super().__init__(weights.config, device, len(seeds), settings)
+        self.weights, self.persistent = weights, persistent
         self._ahead = False  # whether frames were launched that may not count
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False  # whether a frame of these sizes ran, which compiles its kernels
         tokens, mask, index = distinct_prompts(prompt, prompt_mask, settings.guided)
-        with _memory(f"{self.batch} sequences"), weights.on_device():
+        with memory(f"{self.batch} sequences"), on_device(device):
             tokens, mask, index = (tensor.to(device) for tensor in (tokens, mask, index))
             self._prompt_keys, self._prompt_values = weights.prompt_cache(tokens, mask)
             self._prompt_mask, self._prompt_index = mask.contiguous(), index.to(torch.int32)
@@ -89,30 +78,17 @@ class TritonState:
             self._frames = torch.zeros(self.batch, dtype=torch.int64, device=device)  # on the device: its next frame
             self._inputs = weights.sos.unsqueeze(1).repeat(1, self.batch, 1)
             self._keys, self._values = self._new_cache(0)
-        self._codes = torch.empty(self.batch, config.num_codebooks, 0, dtype=torch.int64)
-        self._logprobs = torch.empty(self.batch, config.num_codebooks, 0)
-
-    @property
-    def codes(self) -> Tensor:
-        """int64 [B, num_codebooks, frame], on the CPU."""
-        return self._codes[:, :, : self.frame].clone()
-
-    @property
-    def logprobs(self) -> Tensor:
-        """float32 [B, num_codebooks, frame], on the CPU."""
-        return self._logprobs[:, :, : self.frame].clone()
 
     @torch.inference_mode()
     def step(self, frames: int, on_frame: Callable[[int, int], None] | None = None) -> None:
         """Draw `frames` more frames; on_frame(done, frames) is called as each arrives, out of inference mode."""
         what = f"{frames} more frames of {self.batch} sequences"
-        with self._turn(what):
-            with _memory(what):
-                self._reserve(self.frame + frames)
+        with self._turn():
+            self._reserve(self.frame + frames)
             self._ahead = True
             flights: deque[_Flight] = deque()
             for launched in range(1, frames + 1):
-                with _memory(what):
+                with memory(what):
                     flights.append(_Flight(*self._launch()))
                 while flights and (launched == frames or len(flights) > _AHEAD):
                     self._collect(flights.popleft())
@@ -125,7 +101,7 @@ class TritonState:
     def force(self, codes: Tensor) -> Tensor:
         """Advance with these codes int64 [B, num_codebooks, n] -> logits float32 [B, num_codebooks, n, V]."""
         what = f"{codes.shape[2]} more frames of {self.batch} sequences"
-        with self._turn(what), _memory(what):
+        with self._turn(), memory(what):
             self._reserve(self.frame + codes.shape[2])
             self._ahead = True
             logits = []
@@ -140,22 +116,10 @@ class TritonState:
     def select(self, indices: list[int], seeds: NDArray[np.uint64] | None = None) -> None:
         """Keep, repeat or drop sequences. Their seeds go with them, unless new ones are given."""
         what = f"{len(indices)} sequences"
-        with self._turn(what), _memory(what):
-            if max(indices) >= self.batch:  # another thread may have been here since the caller looked
-                raise InputError(f"there is no sequence {max(indices)} of {self.batch}")
-            kept = torch.tensor(indices)
-            rows = torch.cat((kept, self.batch + kept)) if self.settings.guided else kept
-            places = {"_keys": (2, rows), "_values": (2, rows), "_start": (1, rows), "_prompt_index": (0, rows)}
-            places |= {"_inputs": (1, kept), "_seeds": (0, kept), "_frames": (0, kept)}
-            taken: dict[str, object] = {
-                name: getattr(self, name).index_select(dim, index.to(self.weights.device))
-                for name, (dim, index) in places.items()
-            }
-            if seeds is not None:
-                taken["_seeds"] = torch.from_numpy(seeds.view(np.int64)).to(self.weights.device)
-            taken |= {"_codes": self._codes[kept], "_logprobs": self._logprobs[kept]}
-            taken |= {"_graph": None, "_warm": self._warm and len(kept) == self.batch}
-            self.__dict__.update(taken, batch=len(kept), rows=len(rows))  # at once: an interruption finds all or none
+        with self._turn(), memory(what):
+            taken = self._kept(indices, seeds, _inputs=1, _frames=0)
+            taken |= {"_graph": None, "_warm": self._warm and len(indices) == self.batch}
+            self.__dict__.update(taken)  # at once: an interruption finds all or none
 
     def _advance(self, forced: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Launch one frame: its codes, log-probabilities and logits, on the device."""
@@ -196,25 +160,12 @@ class TritonState:
 
     def _collect(self, flight: _Flight) -> None:
         flight.land()
-        check_drawn(flight.logprobs, self.frame)
-        self._codes[:, :, self.frame] = flight.codes
-        self._logprobs[:, :, self.frame] = flight.logprobs
-        self.frame += 1
+        self._count(flight.codes, flight.logprobs)
 
-    @contextlib.contextmanager
-    def _turn(self, what: str) -> Iterator[None]:
-        """This thread's turn, with the device at the last frame that counts."""
-        if self._owner == threading.get_ident():
-            raise InputError("a session cannot be stepped or selected from its own on_frame")
-        with self._lock, self.weights.on_device():
-            self._owner = threading.get_ident()
-            try:
-                if self._ahead:
-                    with _memory(what):
-                        self._go_back()
-                yield
-            finally:
-                self._owner = None
+    def _begin(self) -> None:
+        if self._ahead:
+            with memory(f"{self.batch} sequences"):
+                self._go_back()
 
     def _go_back(self) -> None:
         if self.weights.device.type == "cuda":
@@ -232,19 +183,3 @@ class TritonState:
         shape = (blocks, experts, self.rows, config.n_kv_heads, capacity, config.head_dim)
         keys, values = torch.empty((2, *shape), dtype=weights.cache_dtype, device=weights.device).unbind(0)
         return keys, values
-
-    def _reserve(self, frames: int) -> None:
-        """Room for this many frames in all. Doubling keeps the copies of a long stream of short steps linear."""
-        if frames <= self.capacity:
-            return
-        used, longest = self.frame, self.weights.config.max_seq_len
-        if frames > longest:  # another thread may have stepped since the caller looked
-            raise InputError(f"{frames} frames exceed max_seq_len, which is {longest}")
-        capacity = min(max(frames, 2 * self.capacity, _FIRST_CAPACITY), longest)
-        keys, values = self._new_cache(capacity)
-        keys[..., :used, :], values[..., :used, :] = self._keys[..., :used, :], self._values[..., :used, :]
-        shape = (self.batch, self.weights.config.num_codebooks, capacity)
-        codes, logprobs = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-        codes[:, :, :used], logprobs[:, :, :used] = self.codes, self.logprobs
-        grown = {"_keys": keys, "_values": values, "_codes": codes, "_logprobs": logprobs, "capacity": capacity}
-        self.__dict__.update(grown, _graph=None, _warm=False)

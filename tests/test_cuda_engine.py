@@ -25,7 +25,7 @@ from random_models import forward, random_experts, random_inputs, states
 from random_programs import configs
 
 import siren
-from siren import cuda_session
+from siren import cuda_session, device_session
 from siren.cuda_engine import CudaDecoder
 from siren.errors import BackendError, CheckpointError, InputError, SamplingError
 from siren.reference import ReferenceDecoder
@@ -273,7 +273,7 @@ def test_steps_of_any_size(codebooks: int, monkeypatch: pytest.MonkeyPatch) -> N
     _, prompt, mask = random_inputs(config, 3, 2, 4, 1)
     sampler = siren.Sampler(model_of(config, 2), "cuda", "bf16")
     whole = sampler.sample(prompt, mask, frames=5)
-    monkeypatch.setattr(cuda_session, "_FIRST_CAPACITY", 2)
+    monkeypatch.setattr(device_session, "_FIRST_CAPACITY", 2)
     session = sampler.start(prompt, mask)
     for frames, capacity in ((2, 2), (1, 4), (2, 8)):
         session.step(frames)

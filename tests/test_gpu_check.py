@@ -183,7 +183,7 @@ def test_no_cache_grows_while_frames_are_timed(load: Any, monkeypatch: pytest.Mo
     gpu_decode, session = load("gpu_decode"), load("siren.triton_session")
     monkeypatch.setattr(gpu_decode, "CopyProbe", Probe)
     monkeypatch.setattr(gpu_decode, "elapsed", clocked)
-    monkeypatch.setattr(session, "_FIRST_CAPACITY", 1)
+    monkeypatch.setattr(load("siren.device_session"), "_FIRST_CAPACITY", 1)
     step, seen = session.TritonState.step, []
 
     def watched(self: Any, *given: Any) -> None:

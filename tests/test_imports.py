@@ -23,6 +23,7 @@ LAYERS = [
     ["expert"],
     ["reference"],
     ["engine"],
+    ["device_session"],
     ["triton_weights"],
     ["triton_session"],
     ["triton_engine"],

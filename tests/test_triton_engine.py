@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from random_models import configs, forward, random_experts, random_inputs, states
 
 import siren
-from siren import triton_session
+from siren import device_session
 from siren.errors import BackendError, InputError, SamplingError
 from siren.reference import ReferenceDecoder
 from siren.sampling import SamplingSettings
@@ -148,7 +148,7 @@ def test_long_sessions(
     small: siren.Siren, inputs: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the cache is full it grows, and keeps what it holds."""
-    monkeypatch.setattr(triton_session, "_FIRST_CAPACITY", 2)
+    monkeypatch.setattr(device_session, "_FIRST_CAPACITY", 2)
     prompt, mask = (tensor[:1] for tensor in inputs)
     session, expected = (
         siren.Sampler(small, backend, "fp32").start(prompt, mask) for backend in ("triton", "reference")
@@ -246,7 +246,7 @@ def test_memory_errors(
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         session.step(1, full)
     monkeypatch.setattr(session._state, "_advance", full)
-    with pytest.raises(InputError, match="not enough memory on the device for 2 more frames of 1 sequences: use fewer"):
+    with pytest.raises(InputError, match="not enough memory for 2 more frames of 1 sequences: use fewer"):
         session.step(2)
 
 
