@@ -25,7 +25,7 @@ from .program_format import MAX_ROWS, Conditioning, Format
 from .tape import DTYPES, kernel_order, pack_matrix, quantise, tape_bytes
 
 FORMATS = tuple(Format.__members__)
-_POLLS = 1 << 22  # of a wait in the kernel before it gives up: seconds, where waits are microseconds
+_POLLS = 1 << 22  # of a wait in the kernel before it gives up
 
 # Where a checkpoint's tensor goes: a matrix of the program, or a part of its vectors.
 _BACKBONE_MATRICES = {

@@ -59,7 +59,8 @@ SIREN_DEVICE void attention(const Block& b, const Instruction& in) {
       for (int u = 0; u < kTogether; ++u) {
         float score = 0;
 #pragma unroll
-        for (int w = 0; w < 4; ++w) score += q.v[2 * w] * low_bf16(key[u].v[w]) + q.v[2 * w + 1] * high_bf16(key[u].v[w]);
+        for (int w = 0; w < 4; ++w)
+          score += q.v[2 * w] * low_bf16(key[u].v[w]) + q.v[2 * w + 1] * high_bf16(key[u].v[w]);
         for (int mask = lanes / 2; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
         if (first + u * kWarps * together + mine >= count) continue;
         score *= factor;

@@ -17,7 +17,9 @@ SIREN_DEVICE uint8_t* shared_memory() {
   return siren_shared;
 }
 
-SIREN_DEVICE uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+SIREN_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
 // Global memory, through L2: the L1 of an SM does not see what other SMs write.
 struct alignas(16) Four {
@@ -106,14 +108,16 @@ SIREN_DEVICE void mbarrier_fence() {
 }
 
 SIREN_DEVICE void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
+               : "memory");
 }
 
 SIREN_DEVICE bool mbarrier_try(uint64_t* barrier, int parity) {
   uint32_t done;
 #if __CUDA_ARCH__ >= 900
   constexpr uint32_t kAtMost = 1000;  // nanoseconds that the thread may sleep: the caller counts and looks at the clock
-  asm volatile("{\n .reg .pred over;\n mbarrier.try_wait.parity.shared.b64 over, [%1], %2, %3;\n selp.u32 %0, 1, 0, over;\n}"
+  asm volatile(
+      "{\n .reg .pred over;\n mbarrier.try_wait.parity.shared.b64 over, [%1], %2, %3;\n selp.u32 %0, 1, 0, over;\n}"
                : "=r"(done)
                : "r"(shared_address(barrier)), "r"(parity), "r"(kAtMost)
                : "memory");
@@ -133,7 +137,8 @@ SIREN_DEVICE int copy_arrivals() { return 1; }
 
 SIREN_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
   if (threadIdx.x % 32 == 0)
-    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(shared_address(barrier)),
+    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(
+                     shared_address(barrier)),
                  "r"(bytes)
                  : "memory");
 }
@@ -174,7 +179,8 @@ SIREN_DEVICE void relax() {}
 
 SIREN_DEVICE void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -204,7 +210,7 @@ SIREN_DEVICE uint32_t widen_fp8(uint32_t pair) {
   return fma_bf16x2(value, 0x7b807b80u, 0x80008000u);
 }
 
-// After so long a wait is a deadlock: waits are microseconds. A GPU that is shared or watched by a tool is slower.
+// After so long a wait counts as a deadlock: waits should last microseconds, more where a tool watches the GPU.
 SIREN_DEVICE uint64_t patience() { return 20000000000ull; }
 
 SIREN_DEVICE uint64_t nanoseconds() {

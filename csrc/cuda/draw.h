@@ -92,13 +92,16 @@ struct Row {
     uint32_t key = 0;
     for (int bit = 31; bit >= 0; --bit) {
       const uint32_t tried = key | (1u << bit);
-      if (sum([&](int v) { return order(scaled[v]) >= tried && among(scaled[v], v) ? term(v) : 0.0; }) >= needed) key = tried;
+      const auto reached = [&](int v) { return order(scaled[v]) >= tried && among(scaled[v], v) ? term(v) : 0.0; };
+      if (sum(reached) >= needed) key = tried;
     }
     const double above = sum([&](int v) { return order(scaled[v]) > key && among(scaled[v], v) ? term(v) : 0.0; });
     int index = 0;  // the last one that is needed
     for (int bit = 15; bit >= 0; --bit) {
       const int tried = index | (1 << bit);
-      const auto before = [&](int v) { return order(scaled[v]) == key && v < tried && among(scaled[v], v) ? term(v) : 0.0; };
+      const auto before = [&](int v) {
+        return order(scaled[v]) == key && v < tried && among(scaled[v], v) ? term(v) : 0.0;
+      };
       if (tried <= codes && above + sum(before) < needed) index = tried;
     }
     return {key, index + 1};

@@ -67,7 +67,7 @@ SIREN_DEVICE void norm(const Block& b, const Instruction& in) {
     for (int w = 0; w < kWarps; ++w) squares += b.squares()[w];
     const float factor = 1.0f / sqrtf(squares / static_cast<float>(args.dim) + args.eps);
     for (int c = thread(); c < args.dim; c += kWorkers)
-      args.arena[in.output + static_cast<int64_t>(row) * args.dim + c] = load(from + c) * factor * load(args.vectors + in.norm + c);
+      args.arena[in.output + row * args.dim + c] = load(from + c) * factor * load(args.vectors + in.norm + c);
   }
 }
 

@@ -120,8 +120,8 @@ void Emulation::result() {
   ended_.wait(guard, [this] { return finished_; });
   if (error_) std::rethrow_exception(error_);
   if (host_[kGaveUp])
-    throw std::runtime_error("operation " + std::to_string(host_[kGaveUpOperation]) + " on SM " + std::to_string(host_[kGaveUpSm]) +
-                             " of frame " + std::to_string(host_[kGaveUpFrame]) + " waited for too long");
+    throw std::runtime_error("operation " + std::to_string(host_[kGaveUpOperation]) + " on SM " +
+                             std::to_string(host_[kGaveUpSm]) + " of frame " + std::to_string(host_[kGaveUpFrame]) + " waited for too long");
 }
 
 }  // namespace siren::cuda

@@ -57,8 +57,7 @@ struct Launch {
 
 namespace {
 
-// What a launch needs of its own is kept for the next one: making it takes far longer than a frame, and freeing it waits
-// for the GPU. Never destroyed: when a process ends, CUDA may be gone first.
+// What a launch needs of its own is kept for the next one: freeing it would wait for the GPU. Never destroyed: when a process ends, CUDA may be gone first.
 struct Spare {
   std::mutex lock;
   std::vector<std::unique_ptr<Launch>> launches;
@@ -100,7 +99,8 @@ void keep(std::unique_ptr<Launch> launch) {
 Properties properties(int device) {
   cudaDeviceProp found;
   check(cudaGetDeviceProperties(&found, device), "reading the GPU's properties");
-  return {found.multiProcessorCount, static_cast<int>(found.sharedMemPerBlockOptin), found.major, found.minor, found.name};
+  const int shared_bytes = static_cast<int>(found.sharedMemPerBlockOptin);
+  return {found.multiProcessorCount, shared_bytes, found.major, found.minor, found.name};
 }
 
 Launch* launch(const Arguments& given, void* stream, int device) {
@@ -112,7 +112,8 @@ Launch* launch(const Arguments& given, void* stream, int device) {
   if (!whole && args.frames != 1) throw std::runtime_error("a part of the operations can run for one frame only");
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   args.stages = ring_stages(args, limit);
-  if (args.stages < 2) throw std::runtime_error("this GPU's shared memory is too small for so many rows: use a smaller batch");
+  if (args.stages < 2)
+    throw std::runtime_error("this GPU's shared memory is too small for so many rows: use a smaller batch");
 
   std::unique_ptr<Launch> own = take(device);
   const auto on_stream = static_cast<cudaStream_t>(stream);
@@ -134,7 +135,8 @@ Launch* launch(const Arguments& given, void* stream, int device) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "asking for shared memory");
   void* parameters[] = {&args};
   // Cooperative: refused unless every block is resident, so no block waits for one that cannot start.
-  check(cudaLaunchCooperativeKernel(kernel, dim3(args.sms), dim3(kThreads), parameters, shared, on_stream), "launching the kernel");
+  check(cudaLaunchCooperativeKernel(kernel, dim3(args.sms), dim3(kThreads), parameters, shared, on_stream),
+        "launching the kernel");
   check(cudaEventRecord(own->ended, on_stream), "recording an event");
   return own.release();
 }
@@ -142,7 +144,8 @@ Launch* launch(const Arguments& given, void* stream, int device) {
 bool finished(Launch* launch) { return cudaEventQuery(launch->ended) != cudaErrorNotReady; }
 
 int frames_done(Launch* launch) {
-  const HostWord word = cudaEventQuery(launch->ended) == cudaSuccess && launch->host[kGaveUp] == 0 ? kFramesRun : kFramesDone;
+  const bool ended = cudaEventQuery(launch->ended) == cudaSuccess && launch->host[kGaveUp] == 0;
+  const HostWord word = ended ? kFramesRun : kFramesDone;
   return __atomic_load_n(launch->host + word, __ATOMIC_ACQUIRE);
 }
 
@@ -153,8 +156,8 @@ void finish(Launch* launch) {
   std::unique_ptr<Launch> own(launch);
   check(cudaEventSynchronize(own->ended), "running the kernel");
   const int32_t* host = own->host;
-  const std::string error = "operation " + std::to_string(host[kGaveUpOperation]) + " on SM " + std::to_string(host[kGaveUpSm]) +
-                            " of frame " + std::to_string(host[kGaveUpFrame]) + " waited for too long";
+  const std::string error = "operation " + std::to_string(host[kGaveUpOperation]) + " on SM " +
+                            std::to_string(host[kGaveUpSm]) + " of frame " + std::to_string(host[kGaveUpFrame]) + " waited for too long";
   const bool gave_up = host[kGaveUp] != 0;
   keep(std::move(own));
   if (gave_up) throw std::runtime_error(error);

@@ -12,7 +12,9 @@ namespace siren::cuda {
 #define SIREN_CUDA_BOTH inline
 #endif
 
-SIREN_CUDA_BOTH int fragment_bytes(int format) { return format == static_cast<int>(Format::bf16) ? 2 * kFragment : kFragment; }
+SIREN_CUDA_BOTH int fragment_bytes(int format) {
+  return format == static_cast<int>(Format::bf16) ? 2 * kFragment : kFragment;
+}
 
 // Said by one thread, read by all of the block.
 struct Flags {

@@ -1,9 +1,10 @@
 // y = W x for a few rows x: this SM's tiles of W from the ring, x from shared memory, sums in registers.
 //
 // Tensor cores take 16 rows of activations against a tile of 8 outputs. An activation is the sum of two bf16: of up to 8
-// rows both halves go in together, of more rows one half after the other, into the same sums. Within 32 columns lane t of a quad holds columns 8t to 8t + 7 of both operands, which is another order of
-// summation than the instruction's own names for them, but the same for both. The warps share the steps of 32 columns;
-// their sums are added in the order of the warps, so results depend on nothing but the operands.
+// rows both halves go in together, of more rows one half after the other, into the same sums. Within 32 columns lane t of
+// a quad holds columns 8t to 8t + 7 of both operands, which is another order of summation than the instruction's own
+// names for them, but the same for both. The warps share the steps of 32 columns; their sums are added in the order of
+// the warps, so a run gives the same bits as the one before.
 #pragma once
 
 #include "ring.h"
@@ -37,7 +38,8 @@ SIREN_DEVICE float load_addend(const Block& b, const Instruction& in, int row, i
   if (in.target != static_cast<int>(Target::add)) return addend;
   addend += load(args.arena + in.output + row * args.dim + n);
   const int position = in.shift == static_cast<int>(Shift::frame) ? b.time() : in.position + row / args.rows;
-  if (in.shift != static_cast<int>(Shift::none)) addend += load(args.positions + static_cast<int64_t>(position) * args.dim + n);
+  if (in.shift != static_cast<int>(Shift::none))
+    addend += load(args.positions + static_cast<int64_t>(position) * args.dim + n);
   return addend;
 }
 
@@ -49,11 +51,11 @@ SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int
   switch (static_cast<Target>(in.target)) {
     case Target::query:
     case Target::add:
-      output[static_cast<int64_t>(row) * args.dim + n] = value;
+      output[row * args.dim + n] = value;
       break;
     case Target::cache:
       if (n < args.dim) {
-        output[static_cast<int64_t>(row) * args.dim + n] = value;
+        output[row * args.dim + n] = value;
       } else {
         const int e = (n - args.dim) % kv;
         int64_t at = (static_cast<int64_t>(in.expert) * args.backbone_blocks + in.block) * args.rows + row;
@@ -64,7 +66,7 @@ SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int
       break;
     case Target::scratch:
       if (n < args.dim) {
-        output[static_cast<int64_t>(row) * args.dim + n] = value;
+        output[row * args.dim + n] = value;
       } else {
         const int positions = args.codebooks / args.experts + 1, position = in.position + row / args.rows;
         const int64_t at = (static_cast<int64_t>(in.block) * positions + position) * args.rows + row % args.rows;
@@ -72,10 +74,10 @@ SIREN_DEVICE void put_output(const Block& b, const Instruction& in, int row, int
       }
       break;
     case Target::swiglu:
-      if (n % 2 == 0) output[static_cast<int64_t>(row) * args.hidden + n / 2] = value / (1.0f + expf(-value)) * neighbour;
+      if (n % 2 == 0) output[row * args.hidden + n / 2] = value / (1.0f + expf(-value)) * neighbour;
       break;
     case Target::logits:
-      output[static_cast<int64_t>(row) * args.codes_per_codebook + n] = value;
+      output[row * args.codes_per_codebook + n] = value;
       break;
   }
 }

@@ -20,7 +20,9 @@ struct Ring {
 
   SIREN_DEVICE uint64_t* full() const { return reinterpret_cast<uint64_t*>(b.shared + b.args.layout.full) + stage; }
   SIREN_DEVICE uint64_t* empty() const { return reinterpret_cast<uint64_t*>(b.shared + b.args.layout.empty) + stage; }
-  SIREN_DEVICE uint8_t* memory() const { return b.shared + b.args.layout.ring + stage * kStageFragments * fragment_bytes(b.args.format); }
+  SIREN_DEVICE uint8_t* memory() const {
+    return b.shared + b.args.layout.ring + stage * kStageFragments * fragment_bytes(b.args.format);
+  }
   SIREN_DEVICE void advance() {
     if (++stage == b.args.stages) {
       stage = 0;
@@ -67,7 +69,8 @@ SIREN_DEVICE void stream(Block b) {
       const int operation = field(offsetof(Instruction, operation)), kind = field(offsetof(Instruction, kind));
       if (operation < args.first_operation || operation >= args.last_operation) continue;
       const int first = field(offsetof(Instruction, first)), count = field(offsetof(Instruction, count));
-      if (kind == static_cast<int>(Kind::attention) && field(offsetof(Instruction, source)) == static_cast<int>(Keys::frames))
+      const int source = field(offsetof(Instruction, source));
+      if (kind == static_cast<int>(Kind::attention) && source == static_cast<int>(Keys::frames))
         prefetch_frames(b, field(offsetof(Instruction, expert)), field(offsetof(Instruction, block)), first, count);
       if (kind != static_cast<int>(Kind::matmul)) continue;
       const int columns = field(offsetof(Instruction, columns)), chunk = field(offsetof(Instruction, chunk));
