@@ -18,13 +18,10 @@ from numpy.typing import NDArray
 
 from .config import SirenConfig
 from .errors import BackendError
-from .program_accesses import Access
 from .program_format import (
     FIELD,
     INSTRUCTION_NUMBERS,
-    Conditioning,
     Entry,
-    Format,
     Keys,
     Kind,
     Shift,
@@ -35,10 +32,7 @@ from .program_layout import Layout, Matrix, Region, build_layout
 from .program_operations import Frame, Operation, Share
 
 __all__ = [
-    "Access",
-    "Conditioning",
     "Entry",
-    "Format",
     "Keys",
     "Kind",
     "Matrix",

@@ -134,7 +134,7 @@ def _places(program: Program, matrix: Matrix) -> Tensor:
 
 
 def _swap_middle_columns(data: Tensor) -> Tensor:
-    """Columns 0, 2, 1, 3 of every four; its own inverse. Words are much faster than a permutation of bytes."""
+    """Columns 0, 2, 1, 3 of every four; its own inverse. Whole words, not single bytes, are moved."""
     words = data.contiguous().view(torch.int32)
     ends, second, third = words & ~0x00FFFF00, words & 0x0000FF00, words & 0x00FF0000
     return (ends | second << 8 | third >> 8).view(torch.uint8)
