@@ -26,6 +26,7 @@ from .manifest import (
     JSON_LIMIT,
     ExpertEntry,
     Manifest,
+    check_generation,
     check_prompt_encoder,
     parse_json,
     previous_version,
@@ -157,10 +158,12 @@ def save_checkpoint(
     experts: Iterable[tuple[int, Mapping[str, torch.Tensor]]],
     codec_folder: str | Path | None = None,
     prompt_encoder: str | Path | None = None,
+    generation: Mapping[str, float] | None = None,
 ) -> None:
     """Write a checkpoint folder; `experts` gives (start_codebook, state dict) one by one, each copied once.
 
     A string `prompt_encoder` is a name; a Path or an absolute path is a folder and copied in, as `codec_folder` is.
+    `generation` are defaults for sampling this model, some of manifest.GENERATION.
     An existing checkpoint is replaced; any other folder, and one that holds files of yours, is refused. The new folder
     is written and synced under a hidden name beside the target. Then old becomes `.NAME.previous`, new becomes NAME,
     and the old one is deleted. Killed at any point, NAME is the old or the new checkpoint; killed between the two
@@ -171,7 +174,7 @@ def save_checkpoint(
         Path(folder),
         "manifest.json",
         _check_replaceable,
-        lambda temporary: _write(temporary, config, experts, codec_folder, prompt_encoder),
+        lambda temporary: _write(temporary, config, experts, codec_folder, prompt_encoder, generation or {}),
     )
 
 
@@ -232,6 +235,7 @@ def _write(
     experts: Iterable[tuple[int, Mapping[str, torch.Tensor]]],
     codec_folder: str | Path | None,
     prompt_encoder: str | Path | None,
+    generation: Mapping[str, float],
 ) -> None:
     config_path = folder / "config.json"
     config.save(config_path)
@@ -256,6 +260,8 @@ def _write(
         raise InputError(f"experts must hold each start_codebook of {wanted} once, not {given}")
     manifest: dict[str, Any] = {"format_version": 1, "config": config_path.name, "experts": entries}
     manifest["config_sha256"] = _sha256(config_path.read_bytes())
+    if generation:
+        manifest["generation"] = check_generation(dict(generation), "generation")
     if codec_folder is not None:
         manifest["codec"] = "codec"
         _copy(Path(codec_folder), folder / "codec")

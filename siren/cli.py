@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import cli_data, cli_train
 from .errors import InputError, MissingDependencyError, SirenError
+from .manifest import MINI
 
 if TYPE_CHECKING:
     from .audio import Audio
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(cli_data.app, name="data")
+app.command()(cli_train.train)
+app.command()(cli_train.train_codec)
 
 _BESIDE = "<beside>"  # --picture without a path
 
@@ -28,13 +33,15 @@ _BESIDE = "<beside>"  # --picture without a path
 def generate(
     source: Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear, or a .jsonl file with --out-dir.")],
     out: Annotated[Path | None, typer.Argument(metavar="[OUT.wav]", help="The .wav or .flac file to write.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint folder.")] = None,
-    seconds: Annotated[float, typer.Option(help="Length of a clip.")] = 6.0,
+    model: Annotated[str, typer.Option(help="Checkpoint folder; siren-mini comes with the package.")] = MINI,
+    seconds: Annotated[float | None, typer.Option(help="Length of a clip; by default the model's, else 6.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same sound; clip i gets seed + i.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable code.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k most probable codes; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most probable codes that together reach p.")] = 1.0,
-    guidance_scale: Annotated[float, typer.Option(help="Above 1: follow the prompt more closely.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0: always the most probable code; 1 by default.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable codes; 0: from all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the most probable that together reach p.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Above 1: follow the prompt more closely; by default the model's, else 1.")
+    ] = None,
     n: Annotated[int, typer.Option(help="Clips for each prompt.")] = 1,
     picture: Annotated[
         str | None, typer.Option(metavar="[PATH.png]", help="Draw the sound too; without a path, beside it.")
@@ -52,7 +59,7 @@ def generate(
 
     A line of the file is {"prompt": "..."} and, if wanted, "id" (it names the files), "seed" and "seconds".
     """
-    from .generate import MAX_CLIPS, check_whole
+    from .generate import MAX_CLIPS, check_whole, fill_in
     from .generate import generate as generate_audio
     from .jsonl import generate_jobs, read_jobs
     from .manifest import read_manifest
@@ -65,17 +72,17 @@ def generate(
         targets = _check_out(source, out, picture, n)
     elif out is not None or picture not in (None, _BESIDE):
         raise InputError("with --out-dir name no other file; clips and pictures are named by the ids of the lines")
-    if model is None:
-        raise InputError("no model: pass --model FOLDER; `siren init FOLDER` makes one with random weights to try")
 
-    settings = SamplingSettings(temperature, top_k, top_p, guidance_scale)
+    manifest = read_manifest(model)
+    given = {"seconds": seconds, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = fill_in(manifest, given | {"guidance_scale": guidance_scale})
     if out_dir is not None:
-        jobs = read_jobs(source, seconds, seed, n)
+        jobs = read_jobs(source, options.pop("seconds"), seed, n)
         results = generate_jobs(
             jobs,
-            read_manifest(model),
+            manifest,
             out_dir,
-            settings,
+            SamplingSettings(**options),
             count=n,
             batch_size=batch_size,
             codec=codec,
@@ -90,14 +97,10 @@ def generate(
         typer.echo(str(results))
         return
     audio = generate_audio(
-        read_manifest(model),
+        manifest,
         source,
-        seconds=seconds,
+        **options,
         seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        guidance_scale=guidance_scale,
         num_return_sequences=n,
         progress=sys.stderr.isatty(),
         codec=codec,
@@ -160,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(_picture_path(given) or ["--help"], prog_name="siren", standalone_mode=False)
     except SirenError as error:
-        _fail(str(error))
+        _fail(str(error), getattr(error, "exit_code", 2))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except OSError as error:
@@ -177,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(code)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def _picture_path(arguments: list[str]) -> list[str]:

@@ -1,10 +1,12 @@
-"""The codec: sound to codes and back, by transformers' `DacModel` (DAC 16 kHz: 12 codebooks, 50 frames a second).
+"""The codec: sound to codes and back. DAC 16 kHz by transformers' `DacModel`, or the spectral codec of spectral.py.
 
-Left out: training, and codecs of any other kind. A codec keeps nothing between calls, so threads may share one.
+Both have 12 codebooks and 50 frames a second. Training is elsewhere: spectral_training.py and dac_training.py. A codec
+keeps nothing between calls, so threads may share one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -26,6 +28,7 @@ from .pretrained import (
     read_weights,
     write_weights,
 )
+from .spectral import MODEL_TYPE, SpectralConfig, SpectralModel
 
 MAX_SECONDS = 120  # a full-size decoder needs about 35 MB of memory for each second of sound
 _MAX_PEAK = 4.0
@@ -38,6 +41,17 @@ _LIMITS = {
     "codebook_size": (2, 65536),
     "codebook_dim": (1, 1024),
     "sampling_rate": (1000, 384000),
+}
+_SPECTRAL_LIMITS = {
+    "sampling_rate": (1000, 384000),
+    "steps_per_frame": (1, 16),
+    "step": (8, 4096),
+    "window": (32, 16384),
+    "n_mels": (1, 1024),
+    "n_codebooks": (1, 64),
+    "codebook_size": (2, 65536),
+    "codebook_dim": (1, 1024),
+    "phase_iterations": (1, 1024),
 }
 
 
@@ -57,22 +71,28 @@ class DecodeEmbedding(NamedTuple):
 
 
 class Codec:
-    """A frozen DAC in float32. `Codec.from_pretrained`, `Codec.from_descript`, or around a transformers `DacModel`."""
+    """A frozen codec in float32: `Codec.from_pretrained`, `Codec.from_descript`, or `Codec(model)`.
+
+    The model is a transformers `DacModel` or a `SpectralModel`.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model.float().eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, folder_or_name: str | Path, device: str | torch.device = "cpu") -> Codec:
-        """Load a `DacModel` folder (config.json, model.safetensors), or one of that name on the model hub.
+        """Load a codec folder (config.json, model.safetensors), or one of that name on the model hub.
 
-        Raises CheckpointError for what is missing, damaged or does not fit.
+        The folder is a `DacModel`'s or a spectral codec's. Raises CheckpointError for what is missing, damaged or does
+        not fit.
         """
         folder = find_folder(folder_or_name, "a codec")
         values = read_config(folder)
-        if values.get("model_type") != "dac":
-            raise CheckpointError(f"{folder / CONFIG}: model_type must be 'dac', not {values.get('model_type')!r}")
-        config = _check_config(values, str(folder / CONFIG))
+        kind = values.get("model_type")
+        if kind not in ("dac", MODEL_TYPE):
+            raise CheckpointError(f"{folder / CONFIG}: model_type must be 'dac' or '{MODEL_TYPE}', not {kind!r}")
+        check = _check_config if kind == "dac" else _check_spectral
+        config = check(values, str(folder / CONFIG))
         weights, _ = read_weights(folder)
         return _build(config, weights, str(folder)).to(device)
 
@@ -95,6 +115,8 @@ class Codec:
     @property
     def hop_length(self) -> int:
         """Samples a frame."""
+        if isinstance(self.model, SpectralModel):
+            return self.model.config.hop_length
         return math.prod(self.model.config.downsampling_ratios)
 
     @property
@@ -108,8 +130,20 @@ class Codec:
 
     @property
     def device(self) -> torch.device:
-        weight: torch.Tensor = self.model.encoder.conv1.weight
-        return weight.device
+        parameter: torch.Tensor = next(self.model.parameters())
+        return parameter.device
+
+    @property
+    def identity(self) -> str:
+        """What makes the codes: the kind and the sha256 of the sizes and weights. Codes of another one mean nothing."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {list(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        if isinstance(self.model, SpectralModel):  # a DAC's sizes follow from its weights' shapes
+            digest.update(json.dumps(self.model.config.to_dict()).encode())
+        kind = MODEL_TYPE if isinstance(self.model, SpectralModel) else "dac"
+        return f"{kind} {self.sample_rate} Hz sha256:{digest.hexdigest()}"
 
     def to(self, device: str | torch.device) -> Codec:
         """Move the weights; returns itself."""
@@ -174,7 +208,7 @@ class Codec:
         ]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a `DacModel` folder that transformers reads too. The folder appears whole or not at all.
+        """Write a codec folder; a DAC's is one that transformers reads too. It appears whole or not at all.
 
         An existing codec is replaced; a folder that holds anything else is refused. A save that was killed leaves the
         old codec in its place or as `.NAME.previous`, which the next save finds. Raises CheckpointError.
@@ -182,9 +216,12 @@ class Codec:
         replace_folder(Path(folder), CONFIG, _check_replaceable, self._write)
 
     def _write(self, folder: Path) -> None:
-        values = self.model.config.to_dict() | {"architectures": ["DacModel"]}
+        values = self.model.config.to_dict()
+        if not isinstance(self.model, SpectralModel):
+            values |= {"architectures": ["DacModel"]}
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         write_weights(folder, self.model.state_dict())
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # newer safetensors write for the owner only
         for path in (folder / CONFIG, folder / WEIGHTS, folder):
             sync(path)
 
@@ -222,7 +259,33 @@ def _check_config(values: dict[str, Any], where: str) -> Any:
     return DacConfig(downsampling_ratios=ratios, **{name: values[name] for name in _LIMITS})
 
 
+def _check_spectral(values: dict[str, Any], where: str) -> SpectralConfig:
+    """The SpectralConfig of untrusted values."""
+    values = {name: value for name, value in values.items() if name != "model_type"}
+    for name, (low, high) in _SPECTRAL_LIMITS.items():
+        if not _whole(values.get(name), low, high):
+            raise CheckpointError(
+                f"{where}: {name} must be a whole number from {low} to {high}, not {values.get(name)!r}"
+            )
+    floor = values.get("floor")
+    if isinstance(floor, bool) or not isinstance(floor, float) or not 1e-12 <= floor <= 1e-2:
+        raise CheckpointError(f"{where}: floor must be a number from 1e-12 to 0.01, not {floor!r}")
+    unknown = sorted(values.keys() - _SPECTRAL_LIMITS.keys() - {"floor"})
+    if unknown:
+        raise CheckpointError(f"{where}: unknown fields {', '.join(unknown)}")
+    if (values["window"] - values["step"]) % 2 or values["window"] < 2 * values["step"]:
+        raise CheckpointError(f"{where}: window must be at least twice step, and their difference even")
+    return SpectralConfig(**values)
+
+
 def _build(config: Any, weights: dict[str, torch.Tensor], where: str) -> Codec:
+    if isinstance(config, SpectralConfig):
+        try:
+            spectral = SpectralModel(config)
+        except InputError as error:  # bands that no Fourier bin falls into
+            raise CheckpointError(f"{where}: {error}") from error
+        spectral.load_state_dict(check_weights(weights, spectral.state_dict(), where))
+        return Codec(spectral)
     from transformers import DacModel
 
     with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn

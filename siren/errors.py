@@ -27,3 +27,7 @@ class MissingDependencyError(SirenError, ImportError):
 
 class SamplingError(SirenError, RuntimeError):
     """Logits that cannot be sampled from; the message names sequence, frame and codebook."""
+
+
+class DataError(SirenError):
+    """Training data that is missing, damaged, altered or of another codec; the message names the file."""

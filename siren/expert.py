@@ -12,10 +12,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import SirenConfig
 from .errors import InputError
 from .layers import BackboneBlock, DecoderBlock, RMSNorm, sinusoidal_positions
+from .packed import Packing, linear_cross_entropy
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -207,6 +209,78 @@ class Expert(nn.Module):
         if sequence_mask is None:
             return losses.mean(dim=(0, 2))
         return (losses * sequence_mask.unsqueeze(1)).sum(dim=(0, 2)) / sequence_mask.sum()
+
+    def loss_sums(
+        self,
+        codes: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor | None = None,
+        sequence_mask: Tensor | None = None,
+        *,
+        checkpoint_activations: bool = False,
+    ) -> Tensor:
+        """Cross-entropy of each owned codebook, summed over the frames of sequence_mask: float32 [codes_per_expert].
+
+        The training step's path to the numbers of `loss` times the number of valid frames: frames of padding are not
+        computed at all (siren.packed), and the logits never exist together. Arguments as in `forward`.
+        checkpoint_activations computes each block again in the backward pass instead of keeping its activations.
+        """
+        check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
+        batch, _, frames = codes.shape
+        packing = Packing.of(batch, frames, sequence_mask, codes.device)
+        prompt = prompt.to(self.sos.dtype)
+        if prompt_mask is not None:
+            prompt = prompt.masked_fill(~prompt_mask.unsqueeze(-1), 0)
+        first, count = self.start_codebook, self.config.codes_per_expert
+        tables = self.tables()
+        codes = codes.long()
+        current = codes[packing.sequence, :, packing.time]  # [N, num_codebooks]
+        previous = codes[packing.sequence, :, (packing.time - 1).clamp(min=0)]
+        x = torch.where((packing.time == 0).unsqueeze(1), self.sos[0], _sum_rows(tables, previous))
+        positions = sinusoidal_positions(frames, self.config.dim, x.device).to(x.dtype)[packing.time]
+        cross_mask = None if prompt_mask is None else prompt_mask[:, None, None, :]
+
+        def run(block: nn.Module, *inputs: Tensor | Packing | None) -> Tensor:
+            if not checkpoint_activations or not torch.is_grad_enabled():
+                return block.packed(*inputs)  # type: ignore[operator]
+            return checkpoint(block.packed, *inputs, use_reentrant=False)
+
+        for block in self.spatial_blocks:
+            x = run(block, x + positions, packing, prompt, cross_mask)
+        hidden = self.spatial_norm(x)
+        if not self.factorized_blocks:
+            states = [hidden] * count
+        else:
+            start = self.decoder_start(prompt, prompt_mask)[:, 0][packing.sequence]
+            rows = [hidden]
+            condition: Tensor | None = None
+            if self.config.conditioning == "accumulated" and first:
+                condition = _sum_rows(tables, current[:, :first])
+            for codebook in range(first, first + count):
+                if self.config.conditioning == "residual" and codebook:
+                    condition = nn.functional.embedding(current[:, codebook - 1], tables[codebook - 1])
+                elif self.config.conditioning == "accumulated" and codebook > first:
+                    embedded = nn.functional.embedding(current[:, codebook - 1], tables[codebook - 1])
+                    condition = embedded if condition is None else condition + embedded
+                rows.append(start if condition is None else start + condition)
+            y = torch.stack(rows, dim=1)
+            places = sinusoidal_positions(count + 1, self.config.dim, y.device).to(y.dtype)
+            for decoder_block in self.factorized_blocks:
+                y = run(decoder_block, y + places)
+            states = list(self.factorized_norm(y[:, 1:]).unbind(1))
+        return torch.stack(
+            [
+                linear_cross_entropy(state, head.weight, current[:, first + i])  # type: ignore[arg-type]
+                for i, (state, head) in enumerate(zip(states, self.heads, strict=True))
+            ]
+        )
+
+
+def _sum_rows(tables: Tensor, codes: Tensor) -> Tensor:
+    """Sum over codebooks of the codes' embeddings: tables [>= n, V, dim], codes [N, n] -> [N, dim]."""
+    _, size, dim = tables.shape
+    offsets = torch.arange(codes.shape[1], device=codes.device) * size
+    return nn.functional.embedding_bag(codes + offsets, tables.view(-1, dim), mode="sum")
 
 
 def _sum_codes(tables: Tensor, codes: Tensor) -> Tensor:

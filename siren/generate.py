@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .audio import Audio
 from .codec import MAX_SECONDS, Codec
 from .config import SirenConfig
 from .errors import InputError, SamplingError
-from .manifest import Manifest
+from .manifest import GENERATION, Manifest
 from .sampler import Sampler
 from .sampling import SamplingSettings, expand_seeds
 from .text import PromptEncoder
@@ -32,12 +32,12 @@ _SAMPLED = 64  # values of a parameter that tell whether it changed
 def generate(
     model: Any,
     prompts: str | Sequence[str],
-    seconds: float = 6.0,
+    seconds: float | None = None,
     seed: int | Sequence[int] = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    guidance_scale: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float | None = None,
     num_return_sequences: int = 1,
     progress: bool = True,
     on_frame: Callable[[int, int], None] | None = None,
@@ -55,12 +55,17 @@ def generate(
     change made through `parameter.data` is seen by a sample of 64 values of each parameter: one that touches only other
     values is missed.) `codec` and `encoder` default to those the checkpoint carries or names. An integer seed s gives
     clip i the seed s + i, a list gives one for each clip. Up to `batch_size` clips (1 to 64) are decoded together; it
-    sets speed and memory, never the sound. `progress` shows a bar on stderr; on_frame(done, total) is called after each
-    frame. Raises InputError before anything is sampled, SamplingError naming the clip if the logits are not finite.
+    sets speed and memory, never the sound. Where seconds, temperature, top_k, top_p or guidance_scale is None, it is
+    what the checkpoint says of itself, or else 6 s, 1, 0, 1 and 1: plain sampling. `progress` shows a bar on stderr;
+    on_frame(done, total) is called after each frame. Raises InputError before anything is sampled, SamplingError naming
+    the clip if the logits are not finite.
     """
     check_whole("num_return_sequences", num_return_sequences, MAX_CLIPS)
     check_whole("batch_size", batch_size, MAX_BATCH)
-    SamplingSettings(temperature, top_k, top_p, guidance_scale)
+    given = {"seconds": seconds, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options = fill_in(model, given | {"guidance_scale": guidance_scale})
+    seconds = options.pop("seconds")
+    SamplingSettings(**options)
     codec, encoder = find_codec(model, codec), find_encoder(model, encoder)
     frames = check_request(model.config, codec, encoder, prompts, seconds)
     texts = [prompts] if isinstance(prompts, str) else prompts
@@ -78,10 +83,7 @@ def generate(
                 prompt[rows],
                 mask[rows],
                 seed=seeds[rows],
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance_scale=guidance_scale,
+                **options,
             )
             try:
                 session.step(frames, on_frame=tick)
@@ -92,6 +94,12 @@ def generate(
     waveform = codec.decode(codes.to(codec.device)).cpu()
     names = [text for text in texts for _ in range(num_return_sequences)]
     return Audio(waveform, codec.sample_rate, codes, logprobs, names)
+
+
+def fill_in(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with its None values filled in: from the model's checkpoint, or else from GENERATION."""
+    known = GENERATION | dict(getattr(model, "generation", {}))
+    return {name: known[name] if value is None else value for name, value in given.items()}
 
 
 def check_whole(name: str, value: object, high: int) -> None:

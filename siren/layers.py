@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import SirenConfig
+from .packed import Packing
 
 
 class RMSNorm(nn.Module):
@@ -119,6 +120,13 @@ class BackboneBlock(nn.Module):
         x = x + self.self_attention(self.self_norm(x), causal_mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
+    def packed(self, x: Tensor, packing: Packing, prompt: Tensor, prompt_mask: Tensor | None) -> Tensor:
+        """`forward` for the valid frames of a batch alone: x [N, dim] -> [N, dim]."""
+        mixed = self.cross_attention(packing.pad(self.cross_norm(x)), prompt, prompt_mask)
+        x = x + packing.unpad(mixed)
+        x = x + packing.unpad(self.self_attention(packing.pad(self.self_norm(x))))
+        return x + self.feed_forward(self.ffn_norm(x))
+
 
 class DecoderBlock(nn.Module):
     """A residual decoder's block: causal self-attention and SwiGLU."""
@@ -133,6 +141,8 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.ffn_norm(x))
+
+    packed = forward
 
 
 def sinusoidal_positions(length: int, dim: int, device: torch.device | str = "cpu") -> Tensor:

@@ -1,25 +1,35 @@
 """The manifest of a checkpoint folder: which files make it up, read and checked without loading weights.
 
-Nothing in it is trusted: paths may not leave the folder, JSON is bounded, every expert carries a hash. Three keys are
+Nothing in it is trusted: paths may not leave the folder, JSON is bounded, every expert carries a hash. Four keys are
 ours, optional, and ignored by the official reader: `config_sha256` (a changed `n_heads` or `norm_eps` would still
-load), `codec` (a folder) and `prompt_encoder` (a name or a folder).
+load), `codec` (a folder), `prompt_encoder` (a name or a folder) and `generation` (how the model is best sampled).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import reprlib
 import stat
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import SirenConfig
 from .errors import CheckpointError, ConfigError
 
+GENERATION = {
+    "seconds": 6.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "guidance_scale": 1.0,
+}  # where none say more
+MINI = "siren-mini"  # the name of the model that comes with the package
 JSON_LIMIT = 4 << 20  # bytes; the largest model the config allows needs an eighth of it
 
 
@@ -38,7 +48,7 @@ class Manifest:
 
     `experts` are in order of `start_codebook` and cover the config exactly. `codec` is a folder inside the checkpoint.
     `prompt_encoder` is a name for `PromptEncoder.from_pretrained`, or the absolute path of a folder inside the
-    checkpoint.
+    checkpoint. `generation` has some of GENERATION's values, for this model.
     """
 
     root: Path
@@ -46,16 +56,18 @@ class Manifest:
     experts: tuple[ExpertEntry, ...]
     codec: Path | None
     prompt_encoder: str | None
+    generation: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a checkpoint folder (or a manifest file) without loading weights.
 
-    Raises CheckpointError or ConfigError naming the file and the field. If a save was killed between its two renames,
-    the previous version is read instead, with a warning.
+    "siren-mini" is the model in the package; a Path, or "./siren-mini", is always a folder. Raises CheckpointError or
+    ConfigError naming the file and the field. If a save was killed between its two renames, the previous version is
+    read instead, with a warning.
     """
     try:
-        path = Path(folder).expanduser()
+        path = Path(__file__).parent / "models" / MINI if folder == MINI else Path(folder).expanduser()
         previous = previous_version(path)
         if not path.exists() and (previous / "manifest.json").is_file():
             warnings.warn(f"{path} is missing after an interrupted save; reading {previous}", stacklevel=2)
@@ -84,7 +96,19 @@ def read_manifest(folder: str | Path) -> Manifest:
         experts=_experts(root, manifest, values.get("experts"), config),
         codec=None if codec is None else _inside(root, codec, f"{manifest}: codec"),
         prompt_encoder=None if prompt_encoder is None else check_prompt_encoder(root, manifest, prompt_encoder),
+        generation=check_generation(values.get("generation", {}), f"{manifest}: generation"),
     )
+
+
+def check_generation(values: Any, where: str) -> dict[str, float]:
+    """The settings of GENERATION that a manifest overrides, if all have their names and are numbers."""
+    if not isinstance(values, dict) or not values.keys() <= GENERATION.keys():
+        raise CheckpointError(f"{where} must be an object with some of {', '.join(GENERATION)}, not {_show(values)}")
+    for name, value in values.items():
+        kinds = (int,) if name == "top_k" else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            raise CheckpointError(f"{where}: {name} must be a number, not {_show(value)}")
+    return dict(values)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -27,7 +27,7 @@ class Siren(nn.Module):
     """`config.num_experts` isolated transformers that predict `config.num_codebooks` codes a frame.
 
     A new model has random weights. `codec_path` and `prompt_encoder_name` say where a checkpoint keeps its codec and
-    which prompt encoder it was trained with, None if it does not say.
+    which prompt encoder it was trained with, None if it does not say; `generation` how it is best sampled.
     """
 
     def __init__(self, config: SirenConfig) -> None:
@@ -37,12 +37,13 @@ class Siren(nn.Module):
         self.experts = nn.ModuleList(Expert(config, start) for start in starts)
         self.codec_path: Path | None = None
         self.prompt_encoder_name: str | None = None
+        self.generation: dict[str, float] = {}
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Siren:
-        """Load a checkpoint folder in the official stage-1 format, in eval mode.
+        """Load a checkpoint folder in the official stage-1 format, or "siren-mini", in eval mode.
 
         Tensors are read, checked and converted one by one, so memory holds one copy of the model. Raises
         CheckpointError or ConfigError for a folder that is missing, damaged, altered or does not fit its config.
@@ -60,6 +61,7 @@ class Siren(nn.Module):
             tensors = iter_tensors(entry, manifest.config)
             expert.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors}, assign=True)
         model.codec_path, model.prompt_encoder_name = manifest.codec, manifest.prompt_encoder
+        model.generation = dict(manifest.generation)
         return model.eval()
 
     def save_pretrained(
@@ -78,7 +80,7 @@ class Siren(nn.Module):
             if isinstance(codec, Codec):
                 codec.save_pretrained(Path(temporary) / "codec")
                 codec = Path(temporary) / "codec"
-            save_checkpoint(folder, self.config, experts, codec, prompt_encoder)
+            save_checkpoint(folder, self.config, experts, codec, prompt_encoder, self.generation)
 
     def set_decode_embeddings(self, embeddings: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Give all experts a codec's frozen decode embeddings, those of `Codec.decode_embeddings()`.
@@ -113,12 +115,12 @@ class Siren(nn.Module):
     def generate(
         self,
         prompts: str | Sequence[str],
-        seconds: float = 6.0,
+        seconds: float | None = None,
         seed: int | Sequence[int] = 0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance_scale: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
         num_return_sequences: int = 1,
         progress: bool = True,
         **options: Any,

@@ -1,0 +1,186 @@
+"""Do generated sounds match their prompts? Retrieval of the prompt's class by an embedding that training never saw.
+
+    python benchmarks/retrieval.py --recordings out/recordings --procedural out/procedural --tokens out/tokens
+
+For each class of retrieval_classes.py, aiSFX (siren.aisfx) turns real training clips into a prototype. Three kinds of
+sounds are then put to the nearest prototype: other real clips of the class, the same clips after the codec, and sounds
+generated from the class's prompt. The real ones are of the validation split; where a class has too few there, training
+clips, each taken out of its prototype first. All sounds are cut or padded with silence to one length.
+
+Also measured: the distance of log-mel spectra that the codec leaves, and, with --tokens, the loss of every codebook on
+held-out clips with their own prompts and with those of other clips.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import json_file
+import machine
+import numpy as np
+import torch
+import typer
+from retrieval_classes import CLASSES, PromptClass
+from retrieval_clips import Selection, read_waves, reconstruct, select
+from retrieval_loss import held_out_loss
+from retrieval_report import draw_grid, report
+from retrieval_scores import Prototypes, log_mel_distance, score
+
+import siren
+from siren.aisfx import SoundEvents
+from siren.audio import write_files
+from siren.data.clips import read_clip_folder
+from siren.data.tokens import check_codec, check_encoder, open_tokens
+from siren.errors import InputError
+from siren.generate import find_codec, find_encoder
+
+_PICTURES = 6  # rows of the picture
+
+
+def run(
+    recordings: Annotated[Path, typer.Option(help="Clip folder of `siren data recordings`.")] = Path("out/recordings"),
+    procedural: Annotated[Path, typer.Option(help="Clip folder of `siren data procedural`.")] = Path("out/procedural"),
+    model: Annotated[str, typer.Option(help="Name or checkpoint folder.")] = "siren-mini",
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token set of these clips: also the loss on its held-out ones.")
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(help="Labels to use, with commas between; all of retrieval_classes.py if empty.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Sounds of each class and kind.")] = 5,
+    references: Annotated[int, typer.Option(min=3, help="Most clips in a prototype.")] = 24,
+    val_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="As in training: which clips are held out.")
+    ] = 0.05,
+    seconds: Annotated[float, typer.Option(help="Length of all sounds.")] = 4.0,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    first_seed: Annotated[int, typer.Option(help="The generated sounds have the seeds from here on.")] = 0,
+    out: Path = Path("out/retrieval.json"),
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG: spectrograms of real, coded and generated sounds.")] = None,
+    sounds: Annotated[Path | None, typer.Option(help="Folder for the generated sounds.")] = None,
+) -> None:
+    """Retrieval of prompt classes by real, coded and generated sounds."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+    chosen = pick_classes(classes)
+    folders = {"recordings": recordings, "procedural": procedural}
+    clips = {source: read_clip_folder(folders[source]) for source in sorted({kind.source for kind in chosen})}
+    selections = [select(clips[kind.source], kind, references, seeds, val_fraction) for kind in chosen]
+    events = SoundEvents.from_installed()
+    network = siren.Siren.from_pretrained(model)
+    codec = find_codec(network)
+    token_set = None if tokens is None else open_tokens(tokens)
+    if token_set is not None:
+        check_codec(token_set, codec)
+        check_encoder(token_set, find_encoder(network))
+
+    started = time.perf_counter()
+    audio = network.generate(
+        [kind.prompt for kind in chosen],
+        seconds=seconds,
+        seed=first_seed,
+        num_return_sequences=seeds,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        progress=sys.stderr.isatty(),
+    )
+    elapsed = time.perf_counter() - started
+    if sounds is not None:
+        sounds.mkdir(parents=True, exist_ok=True)
+        for i, kind in enumerate(chosen):
+            audio[i * seeds : (i + 1) * seeds].save(sounds / f"{kind.label.replace(' ', '-')}.wav")
+
+    measured, waves = measure(chosen, selections, codec, events, audio, seeds)
+    value: dict[str, Any] = {
+        "about": {**machine.describe(), "options": options, "embedding": events.identity},
+        "generation_seconds": elapsed,
+        **measured,
+    }
+    if token_set is not None:
+        value["loss"] = held_out_loss(network, token_set, val_fraction)
+    text = report(value)
+    json_file.write(out, value)
+    print(text)
+    files = {}
+    if markdown is not None:
+        files[markdown] = text.encode()
+    if picture is not None:
+        rows = range(0, len(chosen), -(-len(chosen) // _PICTURES))
+        files[picture] = draw_grid([(chosen[i].prompt, *waves[i]) for i in rows], audio.sample_rate)
+    write_files(files)
+
+
+def pick_classes(labels: str) -> list[PromptClass]:
+    """The classes with these labels, or all. Raises InputError for an unknown one."""
+    if not labels:
+        return list(CLASSES)
+    known = {kind.label: kind for kind in CLASSES}
+    wanted = [label.strip() for label in labels.split(",")]
+    for label in wanted:
+        if label not in known:
+            raise InputError(f"there is no class {label!r}; there are {', '.join(known)}")
+    return [known[label] for label in wanted]
+
+
+def measure(
+    chosen: Sequence[PromptClass],
+    selections: Sequence[Selection],
+    codec: siren.Codec,
+    events: SoundEvents,
+    audio: siren.Audio,
+    seeds: int,
+) -> tuple[dict[str, Any], list[tuple[np.ndarray, ...]]]:
+    """The scores of all three kinds of sounds and the codec's error; and one sound of each kind for each class.
+
+    `audio` holds `seeds` sounds for each class, in the order of `chosen`.
+    """
+    rate, seconds = audio.sample_rate, audio.seconds
+    known = [clip for selection in selections for clip in selection.references]
+    queries = [clip for selection in selections for clip in selection.queries]
+    labels = [i for i, selection in enumerate(selections) for _ in selection.queries]
+    real = read_waves(queries, rate, seconds)
+    coded = reconstruct(codec, real)
+    made = list(audio.waveform[:, 0].numpy())
+    # A clip's path tells it from those of the other folder, which may have its id.
+    prototypes = Prototypes(
+        events.embed(read_waves(known, rate, seconds), rate, progress=True),
+        [i for i, selection in enumerate(selections) for _ in selection.references],
+        [str(clip.path) for clip in known],
+        len(chosen),
+    )
+    paths = [str(clip.path) for clip in queries]
+    kinds = {
+        "real": (real, labels, paths),
+        "codec": (coded, labels, paths),
+        "generated": (made, [i for i in range(len(chosen)) for _ in range(seeds)], [None] * len(made)),
+    }
+    names = [kind.label for kind in chosen]
+    scores = {
+        kind: score(prototypes.similarities(events.embed(waves, rate, progress=True), ids), wanted, names)
+        for kind, (waves, wanted, ids) in kinds.items()
+    }
+    distances = [log_mel_distance(a, b, rate) for a, b in zip(real, coded, strict=True)]
+    value = {
+        "classes": [asdict(kind) for kind in chosen],
+        "references": len(known),
+        "held_out_queries": sum(selection.held_out for selection in selections),
+        "retrieval": scores,
+        "codec_log_mel_db": {"mean": float(np.mean(distances)), "median": float(np.median(distances))},
+    }
+    examples = [(real[labels.index(i)], coded[labels.index(i)], made[i * seeds]) for i in range(len(chosen))]
+    return value, examples
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    machine.main(run)

@@ -1,0 +1,121 @@
+"""How well sounds match prompt classes: nearest class prototype of an embedding, with intervals. numpy only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from siren.errors import InputError
+from siren.mel import mel_filterbank
+
+Array = npt.NDArray[np.float64]
+
+_PERMUTATIONS = 2000
+_Z = 1.959964  # of a 95% interval
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion."""
+    if not 0 <= successes <= trials or trials < 1:
+        raise InputError(f"{successes} successes of {trials} trials is no proportion")
+    share, z2 = successes / trials, _Z * _Z
+    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = _Z / (1 + z2 / trials) * np.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
+    # Both ends enclose the share; where it is 0 or 1, rounding would leave it outside.
+    return float(min(share, max(0.0, centre - half))), float(max(share, min(1.0, centre + half)))
+
+
+class Prototypes:
+    """Class prototypes: the mean of the L2-normalised embeddings of a class's reference clips.
+
+    embeddings [N, D], labels int [N] from 0 to classes - 1, ids [N] of the clips. Every class needs two clips.
+    """
+
+    def __init__(self, embeddings: npt.ArrayLike, labels: Sequence[int], ids: Sequence[str], classes: int) -> None:
+        rows = _unit(embeddings)
+        self._rows = dict(zip(ids, rows, strict=True))
+        self._labels = dict(zip(ids, labels, strict=True))
+        self._counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=classes)
+        if len(self._rows) != len(rows) or len(self._counts) != classes or self._counts.min() < 2:
+            raise InputError("each class needs at least two reference clips, each with an id of its own")
+        self._sums = np.zeros((classes, rows.shape[1]))
+        np.add.at(self._sums, np.asarray(labels), rows)
+
+    def similarities(self, embeddings: npt.ArrayLike, ids: Sequence[str | None]) -> Array:
+        """Cosines [N, classes] of N sounds and the prototypes.
+
+        A sound whose id is that of a reference clip is first taken out of its class's prototype.
+        """
+        rows = _unit(embeddings)
+        result = rows @ _unit(self._sums).T
+        for i, name in enumerate(ids):
+            if name in self._rows:
+                label = self._labels[name]
+                result[i, label] = rows[i] @ _unit(self._sums[label] - self._rows[name])
+        return result
+
+
+def score(similarities: Array, labels: Sequence[int], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Top-1 retrieval of the prompt's class from `similarities` [N, classes], and how far it is from chance.
+
+    `own` and `other` are the mean similarities to the own class and to the others; `auc` is the share of pairs (own,
+    other) of a sound in which own is larger. For `shuffled` the prompts of all sounds change places at random 2,000
+    times: the mean accuracy, its largest, and `p`, the share of shuffles (this order among them) that score as well.
+    """
+    wanted = np.asarray(labels)
+    found = similarities.argmax(axis=1)
+    hits = int((found == wanted).sum())
+    mine = np.zeros(similarities.shape, dtype=bool)
+    mine[np.arange(len(wanted)), wanted] = True
+    own, other = similarities[mine], similarities[~mine].reshape(len(wanted), -1)
+    rng = np.random.default_rng(seed)
+    shuffled = np.array([(found == rng.permutation(wanted)).mean() for _ in range(_PERMUTATIONS)])
+    low, high = wilson(hits, len(wanted))
+    confusions = Counter((names[w], names[f]) for w, f in zip(wanted, found, strict=True) if w != f)
+    return {
+        "sounds": len(wanted),
+        "hits": hits,
+        "top1": hits / len(wanted),
+        "interval": [low, high],
+        "own": float(own.mean()),
+        "other": float(other.mean()),
+        "auc": float((own[:, None] > other).mean() + 0.5 * (own[:, None] == other).mean()),
+        "shuffled": {
+            "top1": float(shuffled.mean()),
+            "largest": float(shuffled.max()),
+            "p": float((1 + (shuffled >= hits / len(wanted)).sum()) / (1 + _PERMUTATIONS)),
+        },
+        "classes": {
+            name: [int((found[wanted == i] == i).sum()), int((wanted == i).sum())] for i, name in enumerate(names)
+        },
+        "confusions": [[a, b, count] for (a, b), count in confusions.most_common(10)],
+    }
+
+
+def log_mel_distance(wave: npt.ArrayLike, other: npt.ArrayLike, sample_rate: int) -> float:
+    """Mean absolute difference in dB of two sounds of one length [S], over 80 mel bands and windows of 64 ms.
+
+    Bands more than 80 dB below the loudest of `wave` count as that, so that differences in silence do not.
+    """
+    size = round(0.064 * sample_rate)
+    filters = mel_filterbank(80, size, sample_rate).astype(np.float64)
+    bands = [filters @ _power(np.asarray(sound, dtype=np.float64), size) for sound in (wave, other)]
+    floor = max(1e-8 * float(bands[0].max()), 1e-12)
+    first, second = (10 * np.log10(np.maximum(band, floor)) for band in bands)
+    return float(np.abs(first - second).mean())
+
+
+def _power(wave: Array, size: int) -> Array:
+    padded = np.pad(wave, size // 2)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 4]
+    return np.asarray(np.abs(np.fft.rfft(windows * np.hanning(size + 1)[:-1])) ** 2).T
+
+
+def _unit(rows: npt.ArrayLike) -> Array:
+    """Rows scaled to length 1; a row of zeros (a silent sound may give one) stays."""
+    values = np.asarray(rows, dtype=np.float64)
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)

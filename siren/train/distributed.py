@@ -1,0 +1,128 @@
+"""Several processes on one expert: DDP, which copies it, or FSDP2, which shards it (sharding.py).
+
+The processes' gradients are summed, not averaged: every process divides its loss by the number of frames of the whole
+step, so the mean of eq. 6 runs over all of them however they are spread (short clips weigh what their frames weigh).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ..errors import InputError, SirenError
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is. `control` is a gloo group for messages beside the training, None if it is alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any = None
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values; all must call."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value])
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
+        return int(shared)
+
+    def first_does(self, work: Callable[[], object]) -> None:
+        """Do `work` on process 0 alone. If it raises there, all raise, so that nobody waits for the others."""
+        failure: BaseException | None = None
+        if self.rank == 0:
+            try:
+                work()
+            except Exception as error:
+                failure = error
+        failed = self.largest(int(failure is not None))
+        if failure is not None:
+            raise failure
+        if failed:
+            raise SirenError("process 0 failed; its message says why")
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes of a CPU tensor; all must call."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+
+@contextmanager
+def join(device: str, alone: bool) -> Iterator[World]:
+    """This process's place among those that RANK and WORLD_SIZE (torchrun, accelerate launch) speak of.
+
+    device: "auto", or a torch device; under a launcher a GPU is the one of LOCAL_RANK. alone: the processes of the
+    launcher train an expert each and do not talk. A process group that exists already is used and left as it is.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", local)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if alone or (size == 1 and not dist.is_initialized()):
+        yield World(0, 1, place)
+        return
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("cuda:nccl,cpu:gloo" if place.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), place, dist.new_group(backend="gloo"))
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def copied(module: nn.Module, world: World) -> nn.parallel.DistributedDataParallel:
+    """DDP, with gradients summed."""
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum(bucket))  # it reads a function's annotations, as types
+    return wrapped
+
+
+def _sum(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return future.then(lambda done: done.value()[0])
+
+
+def reduce_gradients(module: nn.Module, wanted: bool) -> None:
+    """Whether the next backward passes sum gradients over the processes, or only keep this process's own."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        module.require_backward_grad_sync = wanted
+    elif hasattr(module, "set_requires_gradient_sync"):  # FSDP2's
+        module.set_requires_gradient_sync(wanted)  # type: ignore[operator]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor on the CPU, detached; all processes must call where it is sharded."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
+
+
+def take_over(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded; all processes must call."""
+    if hasattr(target, "full_tensor"):
+        from .sharding import like
+
+        values = like(target, values)
+    with torch.no_grad():
+        target.copy_(values)

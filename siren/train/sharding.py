@@ -1,0 +1,28 @@
+"""FSDP2: weights, gradients and optimiser spread over the processes. Imported when it is used: that takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .distributed import World
+
+
+def shard(module: nn.Module, blocks: Sequence[nn.Module], method: str, world: World) -> None:
+    """Shard in place: each block is a unit, entered through `method`, and the rest another. Gradients are averaged."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+        register_fsdp_forward_method(block, method)
+    fully_shard(module, mesh=mesh)
+
+
+def like(target: Tensor, values: Tensor) -> Tensor:
+    """`values`, whole, spread as `target` is; all processes must call."""
+    spread = cast(DTensor, target)
+    return distribute_tensor(values.to(target.device), spread.device_mesh, spread.placements)
