@@ -33,7 +33,7 @@ from siren.train import TrainingStoppedError, TrainSettings, train
 from siren.train.batches import Batch, Batches
 from siren.train.state import latest_state, read_state
 
-STEPS, SAVE_EVERY = 30, 3
+STEPS, SAVE_EVERY = 20, 3
 TIMES = ("frames_per_second",)  # what differs between two runs and may
 
 

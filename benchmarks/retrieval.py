@@ -29,11 +29,12 @@ from retrieval_classes import CLASSES, PromptClass
 from retrieval_clips import Selection, read_waves, reconstruct, select
 from retrieval_loss import held_out_loss
 from retrieval_report import draw_grid, report
-from retrieval_scores import Prototypes, log_mel_distance, score
+from retrieval_scores import Prototypes, score
 
 import siren
 from siren.aisfx import SoundEvents
 from siren.audio import write_files
+from siren.codec_error import log_mel_distance
 from siren.data.clips import read_clip_folder
 from siren.data.tokens import check_codec, check_encoder, open_tokens
 from siren.errors import InputError
@@ -169,7 +170,8 @@ def measure(
         kind: score(prototypes.similarities(events.embed(waves, rate, progress=True), ids), wanted, names)
         for kind, (waves, wanted, ids) in kinds.items()
     }
-    distances = [log_mel_distance(a, b, rate) for a, b in zip(real, coded, strict=True)]
+    pairs = ((torch.from_numpy(a), torch.from_numpy(b)) for a, b in zip(real, coded, strict=True))
+    distances = [log_mel_distance(*pair, rate) for pair in pairs]
     value = {
         "classes": [asdict(kind) for kind in chosen],
         "references": len(known),

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from siren.errors import InputError
-from siren.mel import mel_filterbank
 
 Array = npt.NDArray[np.float64]
 
@@ -94,25 +93,6 @@ def score(similarities: Array, labels: Sequence[int], names: Sequence[str], seed
         },
         "confusions": [[a, b, count] for (a, b), count in confusions.most_common(10)],
     }
-
-
-def log_mel_distance(wave: npt.ArrayLike, other: npt.ArrayLike, sample_rate: int) -> float:
-    """Mean absolute difference in dB of two sounds of one length [S], over 80 mel bands and windows of 64 ms.
-
-    Bands more than 80 dB below the loudest of `wave` count as that, so that differences in silence do not.
-    """
-    size = round(0.064 * sample_rate)
-    filters = mel_filterbank(80, size, sample_rate).astype(np.float64)
-    bands = [filters @ _power(np.asarray(sound, dtype=np.float64), size) for sound in (wave, other)]
-    floor = max(1e-8 * float(bands[0].max()), 1e-12)
-    first, second = (10 * np.log10(np.maximum(band, floor)) for band in bands)
-    return float(np.abs(first - second).mean())
-
-
-def _power(wave: Array, size: int) -> Array:
-    padded = np.pad(wave, size // 2)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 4]
-    return np.asarray(np.abs(np.fft.rfft(windows * np.hanning(size + 1)[:-1])) ** 2).T
 
 
 def _unit(rows: npt.ArrayLike) -> Array:

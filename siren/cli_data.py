@@ -91,6 +91,7 @@ def tokenize(
     captioner: Annotated[
         str | None, typer.Option(help="Qwen2-Audio folder or hub name, for clips without captions.")
     ] = None,
+    polisher: Annotated[str | None, typer.Option(help="Qwen2.5 folder or hub name, to refine those captions.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one for each CPU by default.")] = None,
     shard_clips: Annotated[int, typer.Option(help="Sound files of a shard.")] = 512,
     device: Annotated[str, typer.Option(help="Where the models run.")] = "cpu",
@@ -112,6 +113,7 @@ def tokenize(
         threshold=threshold,
         reserve=reserve,
         captioner=captioner,
+        polisher=polisher,
         workers=workers,
         shard_clips=shard_clips,
         device=device,

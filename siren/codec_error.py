@@ -19,7 +19,7 @@ from .mel import mel_filterbank
 
 RESOLUTIONS = ((512, 40), (1024, 80), (2048, 128))  # window in samples, mel bands; the hop is a quarter of the window
 _RANGE_DB = 60.0  # what is further below the clip's loudest band is equally silent
-_SILENCE_DB = -120.0  # in any clip; a sine of amplitude 1 has 0 dB, white noise of RMS 1 about -25 dB a band
+_SILENCE_DB = -120.0  # in any clip; a sine of amplitude 1 has 0 dB
 
 
 class AnyCodec(Protocol):

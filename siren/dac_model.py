@@ -22,7 +22,7 @@ from .pretrained import missing
 _INPUT_GAIN = 5.0  # sounds have an RMS near 0.1; activations should start near 1, where Snake is not linear
 _BRANCH_GAIN = 0.3  # of residual branches: 21 of them follow one another on the way through encoder and decoder
 _OUTPUT_GAIN = 0.1  # the RMS of a sound
-_KMEANS_ROUNDS = 15
+_KMEANS_ROUNDS = 10
 _CHUNK = 8192  # vectors compared with a codebook at a time
 
 
@@ -60,8 +60,8 @@ class DacSizes:
                 f"decoder_width must be a multiple of {2 ** len(self.strides)}, because it is halved at each of "
                 f"{len(self.strides)} strides; it is {self.decoder_width}"
             )
-        if self.latent_width < self.codebook_dim:
-            raise ConfigError(f"codebook_dim {self.codebook_dim} is above the latent's width {self.latent_width}")
+        if not 2 <= self.codebook_dim <= self.latent_width:
+            raise ConfigError(f"codebook_dim must be within 2..{self.latent_width}, not {self.codebook_dim}")
 
     @property
     def latent_width(self) -> int:
@@ -141,9 +141,15 @@ def start_quantisers(model: Any, frames: Tensor, generator: torch.Generator) -> 
     """Set all projections and codebooks from latent frames [N, D] of a trained autoencoder.
 
     First the latent is brought to a variance of 1, in the encoder's last and the decoder's first convolution, which
-    leaves their product as it is. Then, codebook after codebook: in_proj and out_proj are the first principal
-    components of what the codebooks before left over, the codes are found by `spherical_kmeans`. Returns the share of
-    the frames' variance that all codebooks together leave over. Raises InputError if the frames are all alike.
+    leaves their product as it is. Then, codebook after codebook, in_proj and out_proj are the first code_dim - 1
+    principal components of what the codebooks before left over, and `spherical_kmeans` finds the codes. The last
+    coordinate is a constant, as large as the others together (RMS), which out_proj ignores: by direction alone a faint
+    residual cannot be told from a loud one, beside a constant it can. Measured on 4,000 latent frames of sound effects
+    not used for it (autoencoder of 150 steps, encoder 8, 12 codebooks of 1024): 0.25 of the variance is left over, with
+    code_dim components and no constant 0.39, and of the faintest fifth 0.01 instead of 0.60.
+
+    Returns the share of the frames' variance that all codebooks together leave over. Raises InputError if the frames
+    are all alike.
     """
     centred = frames - frames.mean(0)
     scale = centred.square().mean().sqrt()
@@ -154,17 +160,20 @@ def start_quantisers(model: Any, frames: Tensor, generator: torch.Generator) -> 
     model.decoder.conv1.weight *= scale
     residual = frames / scale
     for part in model.quantizer.quantizers:
+        count = part.codebook_dim - 1
         mean = residual.mean(0)
         centred = residual - mean
-        basis = torch.linalg.eigh(centred.T @ centred)[1][:, -part.codebook_dim :].flip(1).T  # [code_dim, D]
-        part.in_proj.weight.copy_(basis[:, :, None])
-        part.in_proj.bias.copy_(-basis @ mean)
-        part.out_proj.weight.copy_(basis.T[:, :, None])
-        part.out_proj.bias.copy_(mean)
+        basis = torch.linalg.eigh(centred.T @ centred)[1][:, -count:].flip(1).T  # [count, D]
         vectors = centred @ basis.T
+        constant = vectors.square().sum(1).mean().sqrt()
+        vectors = torch.cat([vectors, constant.expand(len(vectors), 1)], dim=1)
         codebook = spherical_kmeans(vectors, len(part.codebook.weight), generator)
+        part.in_proj.weight.copy_(functional.pad(basis, (0, 0, 0, 1))[:, :, None])
+        part.in_proj.bias.copy_(torch.cat([-basis @ mean, constant[None]]))
+        part.out_proj.weight.copy_(functional.pad(basis.T, (0, 1))[:, :, None])
+        part.out_proj.bias.copy_(mean)
         part.codebook.weight.copy_(codebook)
-        residual = centred - codebook[nearest(vectors, codebook)] @ basis
+        residual = centred - codebook[nearest(vectors, codebook)][:, :count] @ basis
     return float(residual.square().mean())
 
 

@@ -39,7 +39,7 @@ MIN_SECONDS, MAX_SECONDS = 0.1, 60.0  # of a crop; the longest mel window is 0.1
 WEIGHTS = {"mel": 1.0, "wave": 5.0, "commitment": 0.02, "codebook": 0.1, "adversarial": 0.01, "feature": 0.02}
 _MAX_NORM = 1.0  # of all gradients together
 _DROPOUT = 0.5  # share of a batch that is decoded from a random number of codebooks, as in DAC
-_FRAMES_PER_CODE = 40  # latent frames that a codebook is set from, for each of its codes
+_FRAMES_PER_CODE = 20  # latent frames that a codebook is set from, for each of its codes
 _ROWS = 500  # losses that are kept of a run
 _KEEP = 2  # states; the one before is there in case the last is damaged
 
@@ -76,7 +76,7 @@ def train_dac(
     seconds: length of a crop, rounded up to whole frames. All sounds are held in memory, 115 MB an hour.
     discriminator: with discriminators from the first quantised step on.
     save_every: after so many steps, and on SIGTERM or SIGINT, a state is saved in the folder OUT.training. Called again
-        with the same arguments and sounds, training goes on from there and on a CPU ends with the same bytes as if it
+        with the same arguments and sounds, training goes on from there and on a CPU ends with the same weights as if it
         had never stopped. That folder is no longer needed once `out` is there.
 
     Returns losses of at most 500 steps or so: rows with "step" (from 1), "phase" and each loss before its weight. The

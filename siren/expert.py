@@ -7,8 +7,8 @@ begin at start_codebook = k * m.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import SirenConfig
 from .errors import InputError
-from .layers import BackboneBlock, DecoderBlock, RMSNorm, sinusoidal_positions
-from .packed import Packing, linear_cross_entropy
+from .layers import BackboneBlock, DecoderBlock, Paths, RMSNorm, sinusoidal_positions
+from .packed import Packing, check_attention
+from .row_operations import check_kernels, linear_cross_entropy, sum_rows, unit_norm
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -218,69 +219,95 @@ class Expert(nn.Module):
         sequence_mask: Tensor | None = None,
         *,
         checkpoint_activations: bool = False,
+        attention: str = "sdpa",
+        kernels: bool = False,
     ) -> Tensor:
         """Cross-entropy of each owned codebook, summed over the frames of sequence_mask: float32 [codes_per_expert].
 
-        The training step's path to the numbers of `loss` times the number of valid frames: frames of padding are not
-        computed at all (siren.packed), and the logits never exist together. Arguments as in `forward`.
-        checkpoint_activations computes each block again in the backward pass instead of keeping its activations.
+        The training step's way to the numbers of `loss`, times the number of valid frames: frames of padding are not
+        computed at all (siren.packed), and the logits never exist together. Arguments as in `forward`; under autocast
+        matrix products take its type. checkpoint_activations computes each block again in the backward pass instead of
+        keeping its activations. attention is the backbone's, "sdpa" or "flash" (flash-attn; a GPU and 16 bits). kernels
+        takes what siren.kernels has, in float32 or bfloat16. Raises InputError, or MissingDependencyError for a package
+        that attention or kernels need.
         """
         check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
-        batch, _, frames = codes.shape
-        packing = Packing.of(batch, frames, sequence_mask, codes.device)
+        device = codes.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.sos.dtype
+        check_attention(attention, device, dtype)
+        if kernels:
+            check_kernels(device, dtype)
+        tables = self.tables()
+        with torch.autocast(device.type, enabled=False):  # from here on the types are written out
+            tables = tables.to(torch.promote_types(self.sos.dtype, torch.float32))
+            paths = Paths(dtype, attention, kernels)
+            return self._loss_sums(
+                codes.long(), tables, prompt, prompt_mask, sequence_mask, paths, checkpoint_activations
+            )
+
+    def _loss_sums(
+        self,
+        codes: Tensor,
+        tables: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor | None,
+        sequence_mask: Tensor | None,
+        paths: Paths,
+        checkpoint_activations: bool,
+    ) -> Tensor:
+        def run(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+            if not checkpoint_activations or not torch.is_grad_enabled():
+                return function(*inputs)
+            return checkpoint(function, *inputs, use_reentrant=False)
+
+        batch, _, length = codes.shape
+        frames = Packing.of(batch, length, sequence_mask, codes.device)
+        tokens = Packing.of(batch, prompt.shape[1], prompt_mask, codes.device)
         prompt = prompt.to(self.sos.dtype)
         if prompt_mask is not None:
             prompt = prompt.masked_fill(~prompt_mask.unsqueeze(-1), 0)
-        first, count = self.start_codebook, self.config.codes_per_expert
-        tables = self.tables()
-        codes = codes.long()
-        current = codes[packing.sequence, :, packing.time]  # [N, num_codebooks]
-        previous = codes[packing.sequence, :, (packing.time - 1).clamp(min=0)]
-        x = torch.where((packing.time == 0).unsqueeze(1), self.sos[0], _sum_rows(tables, previous))
-        positions = sinusoidal_positions(frames, self.config.dim, x.device).to(x.dtype)[packing.time]
-        cross_mask = None if prompt_mask is None else prompt_mask[:, None, None, :]
-
-        def run(block: nn.Module, *inputs: Tensor | Packing | None) -> Tensor:
-            if not checkpoint_activations or not torch.is_grad_enabled():
-                return block.packed(*inputs)  # type: ignore[operator]
-            return checkpoint(block.packed, *inputs, use_reentrant=False)
-
+        prompt_rows = tokens.take(prompt).to(paths.dtype)
+        previous = codes[frames.sequence, :, (frames.time - 1).clamp(min=0)]  # [N, num_codebooks]
+        first_frame = (frames.time == 0).unsqueeze(1)
+        x = torch.where(first_frame, self.sos[0].to(tables.dtype), sum_rows(tables, previous, paths.kernels))
+        positions = sinusoidal_positions(length, self.config.dim, x.device).to(x.dtype)[frames.time]
         for block in self.spatial_blocks:
-            x = run(block, x + positions, packing, prompt, cross_mask)
-        hidden = self.spatial_norm(x)
-        if not self.factorized_blocks:
-            states = [hidden] * count
-        else:
-            start = self.decoder_start(prompt, prompt_mask)[:, 0][packing.sequence]
-            rows = [hidden]
-            condition: Tensor | None = None
-            if self.config.conditioning == "accumulated" and first:
-                condition = _sum_rows(tables, current[:, :first])
-            for codebook in range(first, first + count):
-                if self.config.conditioning == "residual" and codebook:
-                    condition = nn.functional.embedding(current[:, codebook - 1], tables[codebook - 1])
-                elif self.config.conditioning == "accumulated" and codebook > first:
-                    embedded = nn.functional.embedding(current[:, codebook - 1], tables[codebook - 1])
+            x = run(block.packed, x + positions, prompt_rows, frames, tokens, paths)
+        targets = frames.take(codes.transpose(1, 2))
+        norm = self.spatial_norm
+        if self.factorized_blocks:
+            start = self.decoder_start(prompt, prompt_mask)[:, 0].to(x.dtype)[frames.sequence]
+            hidden = unit_norm(x, norm.eps, x.dtype) * norm.weight.to(x.dtype)
+            x = self._decoder_inputs(hidden, start, targets, tables, paths)
+            positions = sinusoidal_positions(x.shape[1], self.config.dim, x.device).to(x.dtype)
+            for i, decoder_block in enumerate(self.factorized_blocks):
+                last = i + 1 == len(self.factorized_blocks)
+                x = run(decoder_block.packed, x + positions, paths, int(last))  # no head reads position 0
+            norm = self.factorized_norm
+        x = unit_norm(x, norm.eps, paths.dtype)
+        losses = []
+        for i, head in enumerate(self.heads):
+            state = x[:, i] if self.factorized_blocks else x
+            weight = (cast(nn.Linear, head).weight * norm.weight).to(paths.dtype)
+            losses.append(linear_cross_entropy(state, weight, targets[:, self.start_codebook + i], paths.kernels))
+        return torch.stack(losses)
+
+    def _decoder_inputs(self, hidden: Tensor, start: Tensor, codes: Tensor, tables: Tensor, paths: Paths) -> Tensor:
+        """hidden and start [N, dim], codes [N, num_codebooks] of the same frames -> [N, m + 1, dim] (eq. 5)."""
+        first, count = self.start_codebook, self.config.codes_per_expert
+        rows, condition = [hidden], None
+        if self.config.conditioning == "accumulated" and first:
+            condition = sum_rows(tables[:first], codes[:, :first], paths.kernels)
+        for codebook in range(first, first + count):
+            if codebook and (self.config.conditioning == "residual" or codebook > first):
+                embedded = nn.functional.embedding(codes[:, codebook - 1], tables[codebook - 1])
+                if self.config.conditioning == "residual":
+                    condition = embedded
+                elif self.config.conditioning == "accumulated":
                     condition = embedded if condition is None else condition + embedded
-                rows.append(start if condition is None else start + condition)
-            y = torch.stack(rows, dim=1)
-            places = sinusoidal_positions(count + 1, self.config.dim, y.device).to(y.dtype)
-            for decoder_block in self.factorized_blocks:
-                y = run(decoder_block, y + places)
-            states = list(self.factorized_norm(y[:, 1:]).unbind(1))
-        return torch.stack(
-            [
-                linear_cross_entropy(state, head.weight, current[:, first + i])  # type: ignore[arg-type]
-                for i, (state, head) in enumerate(zip(states, self.heads, strict=True))
-            ]
-        )
-
-
-def _sum_rows(tables: Tensor, codes: Tensor) -> Tensor:
-    """Sum over codebooks of the codes' embeddings: tables [>= n, V, dim], codes [N, n] -> [N, dim]."""
-    _, size, dim = tables.shape
-    offsets = torch.arange(codes.shape[1], device=codes.device) * size
-    return nn.functional.embedding_bag(codes + offsets, tables.view(-1, dim), mode="sum")
+            rows.append(start if condition is None else start + condition)
+        return torch.stack(rows, dim=1)
 
 
 def _sum_codes(tables: Tensor, codes: Tensor) -> Tensor:

@@ -7,12 +7,24 @@ decoder (reference.py) share the weights and the arithmetic. Shapes: x [B, L, di
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .config import SirenConfig
-from .packed import Packing
+from .packed import Packing, attend as attend_rows
+from .row_operations import short_attention, swiglu, unit_norm
+
+
+@dataclass(frozen=True)
+class Paths:
+    """How a block computes on rows: the type of its products, the backbone's attention (siren.packed), and whether
+    siren.kernels computes what stands between the products."""
+
+    dtype: torch.dtype
+    attention: str = "sdpa"
+    kernels: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -25,6 +37,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The norm of x and the linear map behind it, in dtype: the norm's weight goes into the matrix."""
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(unit_norm(x, self.eps, dtype), (weight * self.weight).to(dtype), bias)
 
 
 class SwiGLU(nn.Module):
@@ -39,6 +56,16 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate_value(x).chunk(2, dim=-1)
         return self.dropout(self.down(nn.functional.silu(gate) * value))
+
+    def packed(self, x: Tensor, norm: RMSNorm, paths: Paths) -> Tensor:
+        """x + forward(norm(x)) for rows of any shape [..., dim]."""
+        gate_value = norm.linear(x, self.gate_value.weight, None, paths.dtype)
+        return x + self.dropout(_linear(swiglu(gate_value, paths.kernels), self.down))
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer in x's type."""
+    return nn.functional.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def attend(
@@ -74,6 +101,20 @@ class SelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(*self.project(x), mask=mask, dropout=dropout, causal=mask is None))
 
+    def packed(self, x: Tensor, norm: RMSNorm, frames: Packing, paths: Paths) -> Tensor:
+        """x + forward(norm(x)) for the rows x [N, dim] of `frames`, causal within each sequence."""
+        heads = norm.linear(x, self.qkv.weight, None, paths.dtype).unflatten(1, (-1, self.head_dim))
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
+        dropout = self.dropout if self.training else 0.0
+        return x + _linear(attend_rows(q, k, v, frames, frames, True, dropout, paths.attention).flatten(1), self.output)
+
+    def packed_short(self, x: Tensor, norm: RMSNorm, paths: Paths, first: int) -> Tensor:
+        """x + forward(norm(x)) from position `first` on, for frames of few positions: [N, S, dim] -> [N, S - first, dim]."""
+        qkv = norm.linear(x, self.qkv.weight, None, paths.dtype)
+        dropout = self.dropout if self.training else 0.0
+        mixed = short_attention(qkv, self.n_heads, self.n_kv_heads, dropout, paths.kernels)
+        return x[:, first:] + _linear(mixed[:, first:], self.output)
+
 
 class CrossAttention(nn.Module):
     """Attention to the prompt tokens, with biases and all heads. The weight's rows are [k | v]."""
@@ -102,6 +143,17 @@ class CrossAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.output(attend(self.queries(x), *self.keys_values(prompt), mask=mask, dropout=dropout))
 
+    def packed(
+        self, x: Tensor, norm: RMSNorm, prompt: Tensor, frames: Packing, tokens: Packing, paths: Paths
+    ) -> Tensor:
+        """x + forward(norm(x), prompt) for the rows x [N, dim] of `frames` and prompt [M, prompt_dim] of `tokens`."""
+        q = norm.linear(x, self.query.weight, self.query.bias, paths.dtype).unflatten(1, (-1, self.head_dim))
+        k, v = _linear(prompt, self.key_value).unflatten(1, (-1, self.head_dim)).chunk(2, dim=1)
+        dropout = self.dropout if self.training else 0.0
+        return x + _linear(
+            attend_rows(q, k, v, frames, tokens, False, dropout, paths.attention).flatten(1), self.output
+        )
+
 
 class BackboneBlock(nn.Module):
     """Cross-attention, causal self-attention, SwiGLU; each after its own RMSNorm, each added to its input."""
@@ -120,12 +172,11 @@ class BackboneBlock(nn.Module):
         x = x + self.self_attention(self.self_norm(x), causal_mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def packed(self, x: Tensor, packing: Packing, prompt: Tensor, prompt_mask: Tensor | None) -> Tensor:
-        """`forward` for the valid frames of a batch alone: x [N, dim] -> [N, dim]."""
-        mixed = self.cross_attention(packing.pad(self.cross_norm(x)), prompt, prompt_mask)
-        x = x + packing.unpad(mixed)
-        x = x + packing.unpad(self.self_attention(packing.pad(self.self_norm(x))))
-        return x + self.feed_forward(self.ffn_norm(x))
+    def packed(self, x: Tensor, prompt: Tensor, frames: Packing, tokens: Packing, paths: Paths) -> Tensor:
+        """`forward` for rows: x [N, dim] of `frames`, prompt [M, prompt_dim] of `tokens`, in the products' type."""
+        x = self.cross_attention.packed(x, self.cross_norm, prompt, frames, tokens, paths)
+        x = self.self_attention.packed(x, self.self_norm, frames, paths)
+        return self.feed_forward.packed(x, self.ffn_norm, paths)
 
 
 class DecoderBlock(nn.Module):
@@ -142,7 +193,10 @@ class DecoderBlock(nn.Module):
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.ffn_norm(x))
 
-    packed = forward
+    def packed(self, x: Tensor, paths: Paths, first: int = 0) -> Tensor:
+        """`forward` for all frames at once, positions from `first` on: x [N, S, dim] -> [N, S - first, dim]."""
+        x = self.attention.packed_short(x, self.attention_norm, paths, first)
+        return self.feed_forward.packed(x, self.ffn_norm, paths)
 
 
 def sinusoidal_positions(length: int, dim: int, device: torch.device | str = "cpu") -> Tensor:

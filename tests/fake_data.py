@@ -72,14 +72,12 @@ class FakeClap:
 class FakeCaptioner:
     """The same captions for every sound."""
 
-    identity = "fake captioner"
-
     def __init__(self, given: Sequence[str]) -> None:
         self.given = list(given)
 
-    def captions(self, waveform: np.ndarray, sample_rate: int) -> list[str]:
-        assert sample_rate == RATE and waveform.ndim == 1
-        return self.given
+    def __call__(self, waveforms: Sequence[np.ndarray], sample_rate: int) -> list[list[str]]:
+        assert sample_rate == RATE and all(waveform.ndim == 1 for waveform in waveforms)
+        return [self.given for _ in waveforms]
 
 
 def burst(seconds: float, seed: int = 0, level: float = 0.5) -> np.ndarray:

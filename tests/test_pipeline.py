@@ -172,6 +172,15 @@ def test_captioner(tmp_path: Path) -> None:
     run(folder, tmp_path / "tokens", captioner=FakeCaptioner(given))
     tokens = open_tokens(tmp_path / "tokens")
     assert [tokens.captions(i) for i in range(2)] == [["a click"], ["a loud burst"]]
+    with pytest.raises(DataError, match="differs in: polisher"):
+        run(folder, tmp_path / "tokens", captioner=FakeCaptioner(given), polisher=shorten)
+    run(folder, tmp_path / "more", captioner=FakeCaptioner(given[:1]), polisher=shorten)
+    assert open_tokens(tmp_path / "more").captions(1) == ["loud burst"]
+
+
+def shorten(captions: list[str]) -> list[str]:
+    """A polisher."""
+    return [" ".join(caption.rstrip(".").split()[-2:]) for caption in captions]
 
 
 def test_several_folders(tmp_path: Path) -> None:
@@ -205,6 +214,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_killed_with_its_workers(source: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
     """SIGKILL of the main process ends the workers too, and another number of them ends the work."""
     (tmp_path / "killed.py").write_text(KILLED)
@@ -460,6 +470,8 @@ def test_nothing_left(tmp_path: Path) -> None:
         ({"shard_clips": 0}, "shard_clips must be"),
         ({"workers": 0}, "workers must be"),
         ({"threshold": 0.4}, "need clap"),
+        ({"threshold": 40.0, "clap": FakeClap({})}, "threshold must be"),
+        ({"min_snr": float("nan")}, "min_snr must be"),
         ({"reserve": 3}, "need clap"),
         ({"clap": FakeClap({}), "reserve": -1}, "reserve must be"),
         ({"sources": []}, "at least one clip folder"),

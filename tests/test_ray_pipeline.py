@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,16 @@ def run(source: Path, out: Path, **changed: Any) -> None:
     tokenize(source, out, FakeCodec(), FakeEncoder(), **values | changed)
 
 
-def test_same_shards_on_local_ray(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+def test_same_shards_on_local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two actors, three groups, a bad file: the bytes of a run in this process."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'siren[ray]'")
     pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'siren[ray]'")
     source = plain_clips(tmp_path / "clips", 7)
     (source / "3.wav").write_bytes(b"no sound")
     run(source, tmp_path / "wanted", workers=1)
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: other tests beside would starve the actors
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         run(source, tmp_path / "tokens", ray=True, workers=2)
@@ -48,3 +49,4 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingDependencyError, match=r"siren\[ray\]"):
         run(plain_clips(tmp_path / "clips", 1), tmp_path / "tokens", ray=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]

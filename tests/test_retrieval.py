@@ -16,12 +16,14 @@ from siren.errors import InputError
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+from retrieval import measure, pick_classes
 from retrieval_classes import CLASSES, PromptClass
-from retrieval_clips import is_held_out, read_waves, reconstruct, select
+from retrieval_clips import Selection, is_held_out, read_waves, reconstruct, select
 from retrieval_loss import held_out_loss, other_clip
 from retrieval_report import draw_grid, report
-from retrieval_scores import Prototypes, log_mel_distance, score, wilson
+from retrieval_scores import Prototypes, score, wilson
 
+import siren
 from siren.data.clips import ClipRecord
 from siren.data.tokens import split
 
@@ -80,17 +82,6 @@ def test_score_of_chance_and_of_a_perfect_match() -> None:
     assert perfect["confusions"] == []
     low, _ = perfect["interval"]
     assert low == pytest.approx(100 / (100 + 1.959964**2))
-
-
-def test_log_mel_distance() -> None:
-    """A gain of 6.02 dB is that far everywhere; silence is as far as the loudness above the floor; equal is 0."""
-    wave = np.random.default_rng(0).standard_normal(16000)
-    assert log_mel_distance(wave, wave, 16000) == 0
-    assert log_mel_distance(wave, 2 * wave, 16000) == pytest.approx(20 * np.log10(2), abs=1e-6)
-    assert 60 < log_mel_distance(wave, 0 * wave, 16000) <= 80
-    assert log_mel_distance(0 * wave, 0 * wave, 16000) == 0
-    quiet = wave * np.repeat([1, 1e-6], 8000)
-    assert log_mel_distance(quiet, wave * np.repeat([1, 0], 8000), 16000) < 1  # both are silence below the floor
 
 
 def records(count: int, label: str = "bell", folder: Path = Path("folder")) -> list[ClipRecord]:
@@ -204,6 +195,61 @@ def test_waves_and_reconstructions(tmp_path: Path) -> None:
     cut, longer = reconstruct(FakeCodec(), [short, long])
     np.testing.assert_array_equal(cut, np.pad(-short[:15000], (0, 1000)))
     np.testing.assert_array_equal(longer, -long)
+
+
+def test_measure(tmp_path: Path) -> None:
+    """Tones of three classes and an embedding that hears their pitch: real and coded sounds find their class, and so do
+    generated ones but for two, made with another class's pitch. The codec halves the level.
+    """
+    soundfile = pytest.importorskip("soundfile")
+    chosen = [PromptClass(name, f"a {name} tone", "procedural") for name in ("low", "middle", "high")]
+
+    def tone(kind: int, variant: int) -> np.ndarray:
+        hertz = (300, 900, 2700)[kind] * (1 + 0.01 * variant)
+        return np.sin(2 * np.pi * hertz * np.arange(8000) / 16000).astype(np.float32)
+
+    selections = []
+    for kind, wanted in enumerate(chosen):
+        clips = records(6, wanted.label, tmp_path)
+        for variant, clip in enumerate(clips):
+            soundfile.write(clip.path, tone(kind, variant), 16000, subtype="FLOAT")
+        selections.append(Selection(clips[:5], clips[4 - kind :], 1))  # of uneven numbers; some are references too
+
+    class Events:
+        def embed(self, waves: list[np.ndarray], sample_rate: int, progress: bool) -> np.ndarray:
+            assert sample_rate == 16000
+            spectra = np.abs(np.fft.rfft(np.stack(waves)))[:, :4000]
+            return spectra.reshape(len(waves), 10, 400).max(axis=2)
+
+    class Codec:
+        device = torch.device("cpu")
+
+        def encode(self, wave: torch.Tensor) -> torch.Tensor:
+            return wave
+
+        def decode(self, wave: torch.Tensor) -> torch.Tensor:
+            return wave / 2
+
+    made = [tone(0, 0), tone(0, 9), tone(1, 0), tone(2, 0), tone(2, 9), tone(0, 0)]  # two for each class
+    audio = siren.Audio(torch.from_numpy(np.stack(made))[:, None], 16000, torch.zeros(6, 12, 25, dtype=torch.int64))
+    value, examples = measure(chosen, selections, Codec(), Events(), audio, 2)
+    assert value["references"] == 15 and value["held_out_queries"] == 3
+    assert value["retrieval"]["real"]["classes"] == {"low": [2, 2], "middle": [3, 3], "high": [4, 4]}
+    assert value["retrieval"]["codec"]["hits"] == 9
+    assert value["retrieval"]["generated"]["classes"] == {"low": [2, 2], "middle": [1, 2], "high": [1, 2]}
+    assert sorted(value["retrieval"]["generated"]["confusions"]) == [["high", "low", 1], ["middle", "high", 1]]
+    assert 0.1 < value["codec_log_mel_db"]["median"] < 6.03  # most bands of a tone are at the floor before and after
+    for kind, (real, coded, generated) in enumerate(examples):
+        np.testing.assert_array_equal(real, tone(kind, 4 - kind))
+        np.testing.assert_array_equal(coded, real / 2)
+        np.testing.assert_array_equal(generated, made[2 * kind])
+
+
+def test_picked_classes() -> None:
+    assert pick_classes("") == list(CLASSES)
+    assert pick_classes(f"{CLASSES[3].label}, {CLASSES[0].label}") == [CLASSES[3], CLASSES[0]]
+    with pytest.raises(InputError, match="no class 'nothing'; there are"):
+        pick_classes(f"{CLASSES[3].label},nothing")
 
 
 def test_report_and_picture() -> None:

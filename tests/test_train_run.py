@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import os
 import re
@@ -57,11 +57,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
 
 def test_updates_are_those_of_a_plain_loop(tmp_path: Path, data: dict[str, Any]) -> None:
     """The same weights as a loop over `Expert.loss` and AdamW that was written for this test, to float32 rounding."""
-    config = (
-        copy.replace(TINY, dropout=0.0)
-        if hasattr(copy, "replace")
-        else TINY.from_dict(TINY.to_dict() | {"dropout": 0.0})
-    )
+    config = TINY.from_dict(TINY.to_dict() | {"dropout": 0.0})
     options = settings(data, tmp_path / "run", config=config, max_steps=4, bucket=1)
     train(options)
     torch.manual_seed(weight_seed(0, 1))
@@ -112,9 +108,10 @@ def test_six_experts_to_a_checkpoint(tmp_path: Path, data: dict[str, Any]) -> No
         data,
         run,
         experts="all",
-        max_steps=25,
+        max_steps=16,
         learning_rate=3e-3,
         prompt_dropout=0.0,
+        save_every=8,
         checkpoint_dtype="bfloat16",
         keep=1,
     )
@@ -133,24 +130,23 @@ def test_six_experts_to_a_checkpoint(tmp_path: Path, data: dict[str, Any]) -> No
         for layer, wanted in zip(expert.codebooks.layers, make_codec().decode_embeddings(), strict=True):
             assert torch.equal(layer.codebook.weight, wanted.codebook.bfloat16().float())
         losses = [line["loss"] for line in metrics(run, start) if "loss" in line]
-        assert len(losses) == 25 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
-        assert [line["step"] for line in metrics(run, start) if "val_loss" in line] == [4, 8, 12, 16, 20, 24, 25]
-        assert [path.name for path in sorted((run / f"expert_{start}").glob("state-*"))] == ["state-00000025"]
+        assert len(losses) == 16 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+        assert [line["step"] for line in metrics(run, start) if "val_loss" in line] == [4, 8, 12, 16]
+        assert [path.name for path in sorted((run / f"expert_{start}").glob("state-*"))] == ["state-00000016"]
     again = contents(checkpoint)
     assert train(options) == checkpoint  # nothing is left to do
     assert contents(checkpoint) == again
     with pytest.raises(InputError, match="holds a run already"):
-        train(settings(data, run, experts="all", max_steps=25, learning_rate=3e-3, prompt_dropout=0.0, resume=False))
+        train(settings(data, run, experts="all", max_steps=16, learning_rate=3e-3, prompt_dropout=0.0, resume=False))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resuming_changes_nothing(
-    tmp_path: Path, data: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, data: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped at updates 2 and 6 and 8, one of them with validation due; the finished run is the uninterrupted one."""
     run = tmp_path / "run"
     handlers = [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)]
-    for step in (1, 5, 7):
+    for step, number in ((1, signal.SIGTERM), (5, signal.SIGINT), (7, signal.SIGTERM)):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number)
             with pytest.raises(TrainingStoppedError, match=f"update {step + 1} of 9") as caught:
@@ -185,14 +181,32 @@ def test_checkpointed_activations_change_nothing(tmp_path: Path, data: dict[str,
     assert_same_runs(whole, tmp_path / "run")
 
 
+def test_compiled_updates_are_the_same(tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph without breaks for all batches, with the losses of the packed step."""
+    config = TINY.from_dict(TINY.to_dict() | {"dropout": 0.0})
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled(module, **options))
+    for name, changes in (("plain", {}), ("compiled", {"compile": True})):
+        train(settings(data, tmp_path / name, config=config, max_steps=4, val_fraction=0.0, **changes))
+    assert len(graphs) == 1
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 4
+
+
 def test_killed_runs(tmp_path: Path) -> None:
     """A few stops of benchmarks/kill_resume.py, which does as many as one likes."""
-    command = [sys.executable, ROOT / "benchmarks" / "kill_resume.py", "--points", "4", "--folder", tmp_path / "runs"]
+    command = [sys.executable, ROOT / "benchmarks" / "kill_resume.py", "--points", "3", "--folder", tmp_path / "runs"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     made = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert made.returncode == 0, made.stdout + made.stderr
     found = re.match(r"(\d) kills and (\d) terminations .* 0 problems", made.stdout)
-    assert found is not None and int(found[1]) + int(found[2]) >= 4, made.stdout
+    assert found is not None and int(found[1]) + int(found[2]) >= 3, made.stdout
 
 
 def test_experts_in_processes_of_their_own(
@@ -201,14 +215,13 @@ def test_experts_in_processes_of_their_own(
     """One a process, in any order; whoever is last makes the checkpoint. Each is what it is when trained alone."""
     run = tmp_path / "run"
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, name in ((2, "RANK"), (1, "SLURM_PROCID"), (0, "SLURM_ARRAY_TASK_ID")):
-        monkeypatch.setenv("RANK", "2")
+    for rank, name in ((2, "SLURM_PROCID"), (1, "RANK"), (0, "SLURM_ARRAY_TASK_ID")):  # the later one counts
         monkeypatch.setenv(name, str(rank))
-        if rank:
-            with pytest.raises(CheckpointError, match="expert_0"):
-                assemble(run, tmp_path / "early")
-        made = train(settings(data, run, experts="rank", checkpoint_dtype="float32"))
+        made = train(settings(data, run, experts="rank"))
         assert (made is None) == (rank > 0)
+        if rank:
+            with pytest.raises(CheckpointError, match=r"not trained to the end: .*expert_0"):
+                assemble(run, tmp_path / "early")
     assert_same_runs(whole, run)
     siren.Siren.from_pretrained(run / "checkpoint")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
@@ -227,7 +240,7 @@ def test_a_partial_checkpoint(tmp_path: Path, data: dict[str, Any], monkeypatch:
         assemble(run, tmp_path / "model")
     assemble(run, tmp_path / "model", partial=True)
     siren.Siren.from_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="is .* a training run"):
+    with pytest.raises(CheckpointError, match="a training run"):
         assemble(tmp_path, tmp_path / "other")
 
 
@@ -276,26 +289,25 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         ({"codec": tmp_path / "none"}, CheckpointError, "no folder"),
         ({"data": tmp_path / "none"}, DataError, "no token set"),
         ({"config": TINY.from_dict(config | {"prompt_dim": 9})}, InputError, "prompt_dim 8, the config 9"),
-        ({"config": TINY.from_dict(config | {"dac_feature_dim": 9})}, InputError, "decode embedding 0"),
+        ({"config": TINY.from_dict(config | {"dac_feature_dim": 9})}, InputError, "from 2 to 8 values"),
         ({"config": tmp_path / "none.json"}, SirenError, "none.json"),
         ({"config": None}, InputError, "give a config"),
         ({"crop_seconds": 30.0}, InputError, "1500 frames; the config's max_seq_len is 64"),
+        ({"attention": "flash"}, InputError, "flash attention needs a GPU"),
+        ({"compile": True, "fsdp": True}, InputError, "compile and fsdp"),
         ({"experts": [3]}, InputError, "from 0 to 2"),
         ({"experts": "some"}, InputError, "from 0 to 2"),
         ({"experts": [1, 1]}, InputError, "each once"),
         ({"device": "nowhere"}, InputError, "cannot use device"),
+        ({"device": "cuda:77"}, InputError, "cannot use device"),
         ({"init_from": tmp_path / "none"}, CheckpointError, "no checkpoint folder"),
     ]
     for changes, error, message in wrong:
         with pytest.raises(error, match=message) as caught:
-            train(
-                settings(data | changes, tmp_path / "run")
-                if changes.keys() <= {"data", "codec"}
-                else settings(data, tmp_path / "run", **changes)
-            )
+            train(settings(data, tmp_path / "run", **changes))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists(), message
-    with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID, SLURM_PROCID or RANK"):
+    with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID"):
         train(settings(data, tmp_path / "run", experts="rank"))
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(MissingDependencyError, match=r"siren\[train\]"):
@@ -324,7 +336,7 @@ def test_other_settings_do_not_resume(tmp_path: Path, data: dict[str, Any], whol
     for changes in ({"seed": 1}, {"batch_size": 4}, {"max_steps": 10}, {"accumulate": 1}, {"val_fraction": 0.1}):
         with pytest.raises(InputError, match="|".join((*changes, "clips_per_step", "total_steps"))):
             train(settings(data, whole, **changes))
-    more = make_data(tmp_path, clips=25)
+    more = make_data(tmp_path, clips=30)
     with pytest.raises(InputError, match="data was"):
         train(settings(more, whole))
     (tmp_path / "full").mkdir()

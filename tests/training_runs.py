@@ -52,10 +52,10 @@ def make_data(folder: Path, clips: int = 24) -> dict[str, Any]:
     return {"data": tokens, "codec": folder / "codec"}
 
 
-def settings(data: dict[str, Any], out: Path, **changes: Any) -> TrainSettings:
+def settings(inputs: dict[str, Any], out: Path, /, **changes: Any) -> TrainSettings:
     """Nine updates of the second expert with all that is random switched on."""
     values: dict[str, Any] = {
-        **data,
+        **inputs,
         "out": out,
         "config": TINY,
         "experts": [1],

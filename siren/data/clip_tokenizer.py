@@ -7,7 +7,7 @@ first. The result depends on the file and the settings alone, so clips may be sp
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from ..codec import Codec
 from ..errors import DataError, InputError
 from ..text import PromptEncoder
+from .captioner import QwenPolisher, describe, load_captioner
 from .captions import clean_captions
 from .clips import ClipRecord
 from .shards import Clip, code_type
@@ -47,17 +48,22 @@ class Models:
     encoder: Any
     clap: Any = None
     captioner: Any = None
+    polisher: Any = None
 
     def load(self, device: str) -> Models:
         """The models themselves, on the device if they are loaded here. Raises what their `from_pretrained` raises."""
-        codec, encoder, clap = self.codec, self.encoder, self.clap
+        codec, encoder, clap, captioner, polisher = (getattr(self, part.name) for part in fields(self))
         if isinstance(codec, (str, Path)):
             codec = Codec.from_pretrained(codec, device)
         if isinstance(encoder, (str, Path)):
             encoder = PromptEncoder.from_pretrained(encoder, device)
         if isinstance(clap, (str, Path)):
             clap = ClapSimilarity.from_pretrained(clap, device)
-        return Models(codec, encoder, clap, self.captioner)
+        if isinstance(captioner, (str, Path)):
+            captioner = load_captioner(captioner, device)
+        if isinstance(polisher, (str, Path)):
+            polisher = QwenPolisher.from_pretrained(polisher, device)
+        return Models(codec, encoder, clap, captioner, polisher)
 
 
 @dataclass
@@ -148,9 +154,10 @@ class ClipTokenizer:
 
     def _captions(self, sound: np.ndarray, record: ClipRecord) -> tuple[dict[str, np.ndarray], list[str]]:
         """Clean captions with their prompts, and what is wrong with others."""
-        captioner = self.models.captioner
-        given = record.captions or (() if captioner is None else captioner.captions(sound, SAMPLE_RATE))
-        captions, faults = clean_captions(given)
+        if record.captions or self.models.captioner is None:
+            captions, faults = clean_captions(record.captions)
+        else:
+            [(captions, faults)] = describe(self.models.captioner, [sound], SAMPLE_RATE, self.models.polisher)
         prompts = {}
         for caption in captions:
             prompt = self._prompt(caption)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from ..codec import MAX_SECONDS
 from ..errors import DataError, InputError
 from .clip_tokenizer import Models, Settings
 from .clips import CLIPS, ClipRecord, read_clip_folder
-from .ray_pipeline import ray_groups
+from .ray_pipeline import import_ray, ray_groups
 from .similarity import THRESHOLD_1_6B, ClapSimilarity
 from .sound import MIN_SECONDS, MIN_SNR, SAMPLE_RATE
 from .tokens import FORMAT_VERSION, KIND
@@ -61,6 +62,7 @@ def tokenize(
     threshold: float | None = None,
     reserve: int = 0,
     captioner: Any = None,
+    polisher: Any = None,
     shard_clips: int = 512,
     device: str = "cpu",
     ray: bool = False,
@@ -78,7 +80,8 @@ def tokenize(
         clips without another one too, and crops may begin where their similarity is at least 0.20 (appendix B).
     threshold: of the similarity; None is 0.40, the paper's for its 1.6B model.
     reserve: set aside this many clips of the highest similarity for reinforcement learning (`open_tokens`).
-    captioner: an object that gives captions to clips that have none (captioner.py).
+    captioner, polisher: what gives captions to clips that have none, and what rewrites these: a folder or name, or
+        a callable (captioner.py).
     shard_clips: sound files that give one shard.
     device: where models named by folder run; on a GPU few workers do.
     ray: spread the work over a Ray cluster (ray_pipeline.py) instead of processes here.
@@ -102,14 +105,16 @@ def tokenize(
         raise InputError("threshold and reserve need clap, the model that measures similarity")
     if reserve < 0:
         raise InputError(f"reserve must be 0 or more, not {reserve!r}")
+    if ray:
+        import_ray()
     records, origins, changed = _read_sources(folders)
-    models = Models(codec, encoder, clap, captioner)
+    models = Models(codec, encoder, clap, captioner, polisher)
     loaded = models.load(device)
     if loaded.codec.sample_rate != SAMPLE_RATE:
         raise InputError(f"the codec must be at {SAMPLE_RATE} Hz, not {loaded.codec.sample_rate} Hz")
     if isinstance(loaded.clap, ClapSimilarity) and seconds > loaded.clap.max_seconds:
         raise InputError(f"seconds must be at most {loaded.clap.max_seconds:g}, which is what this CLAP hears")
-    job = _job(loaded, asdict(settings) | {"shard_clips": shard_clips, "reserve": reserve}, origins)
+    job = _job(models, loaded, asdict(settings) | {"shard_clips": shard_clips, "reserve": reserve}, origins)
     unfinished = Unfinished(Path(out), job, changed)
     values = None if overwrite else unfinished.finished()
     if values is not None:
@@ -152,6 +157,10 @@ def _check_arguments(folders: Sequence[Path], settings: Settings, shard_clips: i
         raise InputError(f"seconds must be from {MIN_SECONDS} to {MAX_SECONDS}, not {settings.seconds!r}")
     if settings.pad_seconds is not None and not 0 <= settings.pad_seconds <= MAX_SECONDS:
         raise InputError(f"pad_seconds must be from 0 to {MAX_SECONDS}, not {settings.pad_seconds!r}")
+    if math.isnan(settings.min_snr):
+        raise InputError("min_snr must be a number of dB, not NaN")
+    if settings.threshold is not None and not -1 <= settings.threshold <= 1:
+        raise InputError(f"threshold must be from -1 to 1, not {settings.threshold!r}")
     if not 1 <= shard_clips <= 1 << 16:
         raise InputError(f"shard_clips must be from 1 to {1 << 16}, not {shard_clips!r}")
     if workers is not None and not 1 <= workers <= 1024:
@@ -185,16 +194,24 @@ def _read_sources(folders: Sequence[Path]) -> tuple[list[ClipRecord], list[dict[
     return records, origins, changed
 
 
-def _job(models: Models, settings: dict[str, Any], origins: list[dict[str, Any]]) -> dict[str, Any]:
+def _job(models: Models, loaded: Models, settings: dict[str, Any], origins: list[dict[str, Any]]) -> dict[str, Any]:
     """What decides about the bytes of a token set: the beginning of its manifest."""
     sizes = ("sample_rate", "hop_length", "num_codebooks", "codebook_size")
     return {
         "format_version": FORMAT_VERSION,
         "kind": KIND,
-        "codec": {"identity": models.codec.identity} | {name: getattr(models.codec, name) for name in sizes},
-        "encoder": {"identity": models.encoder.identity, "dim": models.encoder.dim},
-        "clap": None if models.clap is None else models.clap.identity,
-        "captioner": None if models.captioner is None else models.captioner.identity,
+        "codec": {"identity": loaded.codec.identity} | {name: getattr(loaded.codec, name) for name in sizes},
+        "encoder": {"identity": loaded.encoder.identity, "dim": loaded.encoder.dim},
+        "clap": None if loaded.clap is None else loaded.clap.identity,
+        "captioner": _name(models.captioner),
+        "polisher": _name(models.polisher),
         "settings": settings,
         "sources": origins,
     }
+
+
+def _name(model: Any) -> str | None:
+    """What a captioner or polisher is called; its weights are not hashed."""
+    if model is None or isinstance(model, (str, Path)):
+        return None if model is None else str(model)
+    return str(getattr(model, "__qualname__", type(model).__qualname__))

@@ -64,7 +64,8 @@ def make_procedural(
             _open(partial, job)
             if not (partial / _CLIPS).is_file():
                 _fill(partial, job, workers or os.cpu_count() or 1, progress)
-            shutil.rmtree(partial / _PARTS, ignore_errors=True)
+            if (partial / _PARTS).exists():
+                shutil.rmtree(partial / _PARTS)
             if target.exists():
                 target.rmdir()  # it is empty
             partial.rename(target)

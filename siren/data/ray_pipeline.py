@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ class GroupTokenizer:
         return {"group": row["group"], "shard": shard, "record": json.dumps(record)}
 
 
+def import_ray() -> Any:
+    """The module. Raises MissingDependencyError."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise missing("ray", "ray") from error
+    return ray
+
+
 def ray_groups(
     groups: Sequence[tuple[int, Sequence[ClipRecord]]], models: Models, settings: Settings, workers: int | None
 ) -> Generator[tuple[int, bytes, dict[str, Any]]]:
@@ -46,11 +56,8 @@ def ray_groups(
     `workers` actors of one CPU, and one GPU if the settings name one; None is as many as the cluster has room for.
     Connects to the cluster that RAY_ADDRESS names, or starts Ray on this machine and stops it in the end.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise missing("ray", "ray") from error
+    ray = import_ray()
+    models = Models(*(_absolute(getattr(models, part.name)) for part in fields(models)))
     started = not ray.is_initialized()
     gpus = 1 if settings.device.startswith("cuda") else 0
     rows = [{"group": i, "clips": json.dumps([_plain(record) for record in records])} for i, records in groups]
@@ -71,6 +78,13 @@ def ray_groups(
     finally:
         if started:
             ray.shutdown()
+
+
+def _absolute(model: Any) -> Any:
+    """A model given by folder: actors do not run in this process's folder. "minilm" and the hub's names stay."""
+    if not isinstance(model, (str, Path)) or model == "minilm" or not Path(model).expanduser().is_dir():
+        return model
+    return Path(model).expanduser().resolve()
 
 
 def _plain(record: ClipRecord) -> dict[str, Any]:

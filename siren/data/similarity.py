@@ -18,7 +18,7 @@ import torch
 
 from ..errors import CheckpointError, InputError
 from ..pretrained import CONFIG, check_weights, find_folder, move, read_config, read_weights
-from ..text import _CONFIG_KEYS, _TOKENIZER_FILES, _load_tokenizer, _max_tokens, _quiet_transformers
+from ..text import CONFIG_KEYS, TOKENIZER_FILES, load_tokenizer, quiet_transformers, token_limit
 
 THRESHOLD_1_6B = 0.40
 THRESHOLD_3_1B = 0.35
@@ -52,7 +52,7 @@ _AUDIO_KEYS = (
     "projection_hidden_act",
     "layer_norm_eps",
 )
-_TEXT_KEYS = (*_CONFIG_KEYS, "projection_dim", "projection_hidden_act")
+_TEXT_KEYS = (*CONFIG_KEYS, "projection_dim", "projection_hidden_act")
 
 
 class Similarity(Protocol):
@@ -83,12 +83,12 @@ class ClapSimilarity:
         Raises CheckpointError for what is missing, damaged or of another kind, MissingDependencyError without
         transformers.
         """
-        folder = find_folder(name, "a CLAP model", (*_TOKENIZER_FILES, *_PROCESSOR_FILES))
+        folder = find_folder(name, "a CLAP model", (*TOKENIZER_FILES, *_PROCESSOR_FILES))
         values = read_config(folder)
         weights, sha256 = read_weights(folder)
-        with _quiet_transformers():
+        with quiet_transformers():
             model = _build_model(values, weights, folder)
-            tokenizer = _load_tokenizer(folder, model.config.text_config.vocab_size)
+            tokenizer = load_tokenizer(folder, model.config.text_config.vocab_size)
             extractor = _load_extractor(folder, model.config.audio_config)
         label = folder.resolve().name if folder == Path(name).expanduser() else str(name)
         move(model, device)
@@ -142,7 +142,7 @@ class ClapSimilarity:
         if caption not in self._captions:
             if not isinstance(caption, str) or not caption.strip():
                 raise InputError("a caption is empty; there is nothing to compare the sound with")
-            limit = _max_tokens(self.model.config.text_config, self.tokenizer)
+            limit = token_limit(self.model.config.text_config, self.tokenizer)
             ids = self.tokenizer(caption, truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
             ids = ids.to(self.model.device)
             features = self.model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -184,7 +184,7 @@ def _placed(rng: Rng, n: int, label: str, halls: bool = True) -> Event:
         wave = lowpass(reverb(rng, event.wave, rng.uniform(0.8, 2.0), rng.uniform(0.5, 1.0), 1500), 1400)
         return Event(wave, [f"{first} in the distance", name, f"{name} far away"])
     if halls and label in _INDOORS and chance > 0.85:
-        wave = reverb(rng, event.wave, rng.uniform(1.5, 3.0), rng.uniform(0.6, 1.2), 3500, 0.02)
+        wave = reverb(rng, event.wave, rng.uniform(1.5, 3.0), rng.uniform(0.3, 0.7), 3500, 0.02)
         return Event(wave, [f"{first} in a large echoing hall", name, *others])
     return event
 

@@ -35,13 +35,13 @@ def _motor(rng: Rng, n: int, firing: Signal, cylinders: int, rough: float) -> Si
     start = np.diff(count, prepend=0) > 0
     strength = rng.uniform(1 - rough, 1 + rough, cylinders)[count % cylinders] * rng.uniform(0.85, 1.15, n)
     burst = start * strength
-    noise = shaped_noise(rng, n, [60, 300, 1500, 6000], [-6, 0, -10, -25])
+    noise = shaped_noise(rng, n, [60, 300, 1500, 6000], [-6, 0, -4, -14])
     pulse = np.exp(-(phase % 1.0) * 6)
     exhaust = resonate(
         burst, rng.uniform([55, 120, 240, 480], [90, 180, 360, 700]), [0.12, 0.09, 0.06, 0.03], [1, 0.9, 0.6, 0.5]
     )
     exhaust /= np.std(exhaust) + 1e-9
-    return exhaust + 0.35 * noise * pulse * strength
+    return exhaust + rng.uniform(0.3, 0.6) * noise * (0.3 + pulse * strength)
 
 
 def engine(rng: Rng, n: int) -> Event:

@@ -151,14 +151,14 @@ def stream(rng: Rng, n: int) -> Event:
 
 def dripping_water(rng: Rng, n: int) -> Event:
     """Single drops into a pool: a tick, then a bubble that sings."""
-    speed, period = pick(rng, [("slowly", 1.3), ("steadily", 0.6), ("quickly", 0.28)])
+    speed, period = pick(rng, [("slowly", 1.3), ("steadily", 0.6), ("quickly", 0.33)])
     period *= rng.uniform(0.85, 1.2)
-    pitch = log_uniform(rng, 600, 1800)
+    pitch = log_uniform(rng, 500, 1300)
     wave = np.zeros(n)
     for start in times(rng, n, period, 0.2 if rng.uniform() < 0.5 else 0.03):
         gain = rng.uniform(0.5, 1.0)
         splash = click(rng, rng.uniform(0.02, 0.06), 1500, 7000)
-        add(wave, splash, start, rng.uniform(0.08, 0.2) * gain)
+        add(wave, splash, start, rng.uniform(0.1, 0.3) * gain)
         for i in range(int(rng.integers(1, 4))):  # the main bubble, and smaller ones that the splash makes
             drop = _bubble(rng, pitch * rng.uniform(0.7, 1.4), rng.uniform(0.06, 0.14), rng.uniform(0.2, 0.7))
             add(wave, drop, start + seconds(rng.uniform(0.008, 0.02) + 0.03 * i), gain * 0.5**i)

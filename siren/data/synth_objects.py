@@ -32,7 +32,7 @@ def clock(rng: Rng, n: int) -> Event:
         rng,
         [
             ("a wall clock", 0.5, 1800, 2800, 0.02),
-            ("a grandfather clock", 1.0, 500, 900, 0.09),
+            ("a grandfather clock", 1.0, 900, 1400, 0.05),
             ("a small alarm clock", 0.25, 2600, 3800, 0.012),
         ],
     )
@@ -115,11 +115,13 @@ def bouncing_ball(rng: Rng, n: int) -> Event:
     base *= rng.uniform(0.85, 1.2)
     loss *= rng.uniform(0.96, 1.03)
     wave = np.zeros(n)
+    ring = hit(rng, 0.25, base * 6.5, [1, 1.6], 0.14, 0.5)  # of the air in a large ball
     position, gap, size = rng.uniform(0.03, 0.3), rng.uniform(0.45, 0.8), 1.0
     while position < n / RATE - 0.05 and gap > 0.02:
         add(wave, hit(rng, 0.25, base, [1, 2.3, 3.6, 5.1], t60, hardness), seconds(position), size)
         if kind == "a basketball":
             add(wave, click(rng, 0.02, 300, 2500), seconds(position), 0.1 * size)
+            add(wave, ring, seconds(position), 0.3 * size)
         position += gap
         gap *= loss
         size *= loss

@@ -179,7 +179,7 @@ def _drum_hit(rng: Rng, kind: str, base: float) -> Signal:
         return band_noise(rng, n, 5500, 7600) * decay(n, 0.07, 0.001) * 0.12
     n = seconds(1.0)
     t60 = 0.45 if kind == "kick" else 0.9
-    pitch = base * (1 + (1.4 if kind == "kick" else 0.3) * np.exp(-np.arange(n) / RATE / 0.03))
+    pitch = base * (1 + (1.4 if kind == "kick" else 0.12) * np.exp(-np.arange(n) / RATE / 0.03))
     body = np.sin(2 * np.pi * np.cumsum(pitch) / RATE) * decay(n, t60, 0.001)
     if kind == "tom":
         body += 0.4 * np.sin(2 * np.pi * 1.59 * np.cumsum(pitch) / RATE) * decay(n, 0.4, 0.001)
@@ -209,15 +209,21 @@ def drum(rng: Rng, n: int) -> Event:
         for start in times(rng, n, 1 / rate, 0.15, 0.02):
             add(wave, snare, start, rng.uniform(0.6, 1.0) * (0.4 + 0.6 * start / n))
         captions = ["a snare drum roll", "a drum roll", "a drum roll getting louder"]
+    elif kind == "big":
+        boom = _drum_hit(rng, "tom", rng.uniform(55, 85))
+        for start in times(rng, n, rng.uniform(0.5, 1.1), 0.02):
+            add(wave, boom, start, rng.uniform(0.7, 1.0))
+        captions = ["a big deep drum beaten slowly", "a drum", "slow beats of a big drum"]
     else:
-        low = kind == "big"
-        hit = _drum_hit(rng, "tom", rng.uniform(55, 85) if low else rng.uniform(130, 240))
-        period = rng.uniform(0.5, 1.1) if low else rng.uniform(0.2, 0.4)
-        for i, start in enumerate(times(rng, n, period, 0.02)):
-            add(wave, hit, start, 1.0 if i % 4 == 0 else rng.uniform(0.4, 0.8))
-        word = "big deep" if low else "hand"
-        pace = "slowly" if low else "quickly"
-        captions = [f"a {word} drum beaten {pace}", "a drum", f"beats of a {word} drum"]
+        low = rng.uniform(120, 190)
+        hits = [_drum_hit(rng, "tom", low), _drum_hit(rng, "tom", low * rng.uniform(1.35, 1.6))]
+        slap = click(rng, 0.04, 500, 3500)
+        pattern = rng.integers(0, 3, 8)  # low, high, or a rest; the first is low
+        for i, start in enumerate(times(rng, n, rng.uniform(0.15, 0.24), 0.02, 0.05)):
+            if (part := 0 if i % 8 == 0 else int(pattern[i % 8])) < 2:
+                add(wave, hits[part], start, rng.uniform(0.6, 1.0))
+                add(wave, slap, start, rng.uniform(0.05, 0.15))
+        captions = ["hand drums playing a rhythm", "a drum", "a rhythm on two hand drums"]
     wave = reverb(rng, wave, rng.uniform(0.2, 0.9), rng.uniform(0.02, 0.2))
     return Event(wave, captions)
 

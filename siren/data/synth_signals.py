@@ -29,28 +29,24 @@ from .synth_tools import (
 
 
 def siren(rng: Rng, n: int) -> Event:
-    """A rich tone whose pitch wails, yelps, steps between two notes, or slowly winds up."""
-    kind = pick(rng, ["wail", "yelp", "hi-lo", "air raid"])
+    """A rich tone whose pitch wails, yelps, or steps between two notes."""
+    kind = pick(rng, ["wail", "wail", "yelp", "hi-lo"])
     t = np.arange(n) / RATE
     low = rng.uniform(420, 650)
     if kind == "wail":
-        cycle = (t / rng.uniform(2.2, 4.5) + rng.uniform()) % 1
+        cycle = (t / rng.uniform(1.8, 3.5) + rng.uniform()) % 1
         pitch = low + rng.uniform(600, 900) * np.where(cycle < 0.4, cycle / 0.4, (1 - cycle) / 0.6) ** 0.8
         captions = ["a police siren wailing", "a siren", "the rising and falling wail of a siren"]
     elif kind == "yelp":
-        cycle = (t * rng.uniform(2.5, 4.5) + rng.uniform()) % 1
+        cycle = (t * rng.uniform(1.8, 3.5) + rng.uniform()) % 1
         pitch = low + rng.uniform(600, 900) * (1 - np.abs(2 * cycle - 1))
         captions = ["a police siren yelping fast", "a siren", "an emergency siren with quick yelps"]
-    elif kind == "hi-lo":
+    else:
         cycle = (t / rng.uniform(0.9, 1.4) + rng.uniform()) % 1
         pitch = low * np.where(cycle < 0.5, rng.uniform(1.25, 1.4), 1.0)
         captions = ["an ambulance siren with two alternating tones", "a siren", "a hi-lo siren of an ambulance"]
-    else:
-        top = rng.uniform(400, 560)
-        pitch = top * (0.62 + 0.38 * np.sin(np.pi * ((t / rng.uniform(5, 8) + rng.uniform(0, 0.3)) % 1)))
-        captions = ["an air raid siren droning", "a siren", "an old air raid siren slowly rising and falling"]
     voice = tone(pitch, n, 1 / np.arange(1, 16) ** rng.uniform(0.8, 1.3))
-    voice = formants(voice, [low, 1300, 2600], [700, 900, 1200], [1.0, 0.8, 0.4])
+    voice = formants(voice, [low, 1300, 2600], [700, 900, 1200], [0.8, 1.0, 0.7])
     wave = fade(reverb(rng, voice, rng.uniform(0.4, 1.2), rng.uniform(0.1, 0.5), 3500), 0.05, 0.1)
     return Event(wave, captions)
 
@@ -147,8 +143,7 @@ def church_bell(rng: Rng, n: int) -> Event:
 def wind_chimes(rng: Rng, n: int) -> Event:
     """Hanging tubes hit at random: modes of a free bar."""
     material, t60, low, high = pick(
-        rng,
-        [("metal", 2.5, 900, 1600), ("metal", 2.5, 900, 1600), ("glass", 0.7, 1800, 2600), ("bamboo", 0.1, 450, 800)],
+        rng, [("metal", 3.0, 480, 900), ("metal", 3.0, 480, 900), ("glass", 0.8, 1300, 1900)]
     )
     scale = log_uniform(rng, low, high) * 2 ** (np.array([0, 2, 4, 7, 9, 12]) / 12)
     busy, rate = pick(rng, [("softly", 3.0), ("", 6.0), ("wildly", 12.0)])
@@ -200,14 +195,14 @@ def whistle(rng: Rng, n: int) -> Event:
     """A referee's whistle with its rattling pea, or a person whistling a tune."""
     wave = np.zeros(n)
     if rng.uniform() < 0.5:
-        pitch, rattle = rng.uniform(2500, 3700), rng.uniform(28, 50)
+        pitch, rattle = rng.uniform(2200, 3100), rng.uniform(28, 50)
         long = rng.uniform() < 0.5
         position = rng.uniform(0.02, 0.4)
         while position < n / RATE - 0.1:
             m = seconds(rng.uniform(0.8, 1.8) if long else rng.uniform(0.15, 0.35))
             pea = 0.5 + 0.5 * sine(rattle * wander(rng, m, 10, 0.9, 1.1), m)
             blow = sine(pitch * (1 + 0.03 * pea), m) + 0.7 * sine(1.07 * pitch * (1 - 0.02 * pea), m)
-            blow = blow * (0.35 + 0.65 * pea) + 0.1 * band_noise(rng, m, 2000, 6000)
+            blow = blow * (0.35 + 0.65 * pea) + 0.2 * band_noise(rng, m, 1500, 7000)
             add(wave, fade(blow, 0.02, 0.04), seconds(position))
             position += m / RATE + (rng.uniform(0.5, 1.5) if long else rng.uniform(0.1, 0.5))
         length = "long" if long else "short"

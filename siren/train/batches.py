@@ -209,7 +209,9 @@ class Batches:
         return order
 
 
-def fixed_batches(tokens: Tokens, indices: NDArray[np.int64], batch_size: int, crop: int) -> list[Callable[[], Batch]]:
+def fixed_batches(
+    tokens: Tokens, indices: NDArray[np.int64], batch_size: int, crop: int, fixed: bool = False
+) -> list[Callable[[], Batch]]:
     """Validation: every clip once, its first allowed crop, its first caption; clips of similar length side by side."""
     lengths = np.minimum(np.asarray(tokens.frames, dtype=np.int64)[indices], crop)
     ordered = indices[np.argsort(-lengths, kind="stable")].tolist()
@@ -221,7 +223,7 @@ def fixed_batches(tokens: Tokens, indices: NDArray[np.int64], batch_size: int, c
             start = 0 if starts is None or not len(starts) else int(starts[0])
             stop = min(start + crop, int(tokens.frames[index]))
             picked.append((tokens.codes(index, start, stop), tokens.prompt(index, 0)))
-        return collate(picked)
+        return collate(picked, crop if fixed else 0)
 
     parts = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     return [lambda clips=part: make(clips) for part in parts]  # type: ignore[misc]

@@ -64,13 +64,13 @@ def join(device: str, alone: bool) -> Iterator[World]:
     device: "auto", or a torch device; under a launcher a GPU is the one of LOCAL_RANK. alone: the processes of the
     launcher train an expert each and do not talk. A process group that exists already is used and left as it is.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK") or (alone and os.environ.get("SLURM_LOCALID")) or "0")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
         if place.type == "cuda" and place.index is None:
-            place = torch.device("cuda", local)
+            place = torch.device("cuda", local % max(1, torch.cuda.device_count()))
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error

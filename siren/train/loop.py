@@ -46,21 +46,30 @@ class Job:
     world: World
 
 
-class ExpertLoss(nn.Module):
-    """An expert whose forward is its loss, as DDP, FSDP2 and torch.compile want it."""
+class PlainLoss(nn.Module):
+    """What `ExpertLoss` computes, by the plain forward: batches of one shape make one graph for torch.compile."""
 
-    def __init__(self, expert: Expert, checkpoint_activations: bool) -> None:
+    def __init__(self, expert: Expert) -> None:
         super().__init__()
         self.expert = expert
-        self.checkpoint_activations = checkpoint_activations
+
+    def forward(self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor, sequence_mask: Tensor) -> Tensor:
+        """As `ExpertLoss.forward`; every batch has both masks."""
+        return self.expert.loss(codes, prompt, prompt_mask, sequence_mask) * sequence_mask.sum()
+
+
+class ExpertLoss(nn.Module):
+    """An expert whose forward is its loss, as DDP and FSDP2 want it."""
+
+    def __init__(self, expert: Expert, **options: Any) -> None:
+        super().__init__()
+        self.expert, self.options = expert, options
 
     def forward(
         self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None
     ) -> Tensor:
         """Cross-entropy summed over the valid frames, float32 [codes_per_expert]."""
-        return self.expert.loss_sums(
-            codes, prompt, prompt_mask, sequence_mask, checkpoint_activations=self.checkpoint_activations
-        )
+        return self.expert.loss_sums(codes, prompt, prompt_mask, sequence_mask, **self.options)
 
 
 def train_expert(job: Job, expert: Expert, folder: Path, stop: StopSignals) -> None:
@@ -77,15 +86,21 @@ class _Training:
         settings, world = job.settings, job.world
         self.job, self.expert, self.folder, self.stop = job, expert.to(world.device).train(), folder, stop
         self.index = expert.start_codebook // expert.config.codes_per_expert
-        loss = ExpertLoss(self.expert, settings.checkpoint_activations)
-        self.module: nn.Module = loss
+        attention, kernels = settings.paths(world.device)
+        self.describe = (
+            f"{world.size} x {world.device.type}, {settings.precision}, {attention} attention, kernels {kernels}"
+        )
+        options = {"checkpoint_activations": settings.checkpoint_activations, "attention": attention}
+        loss = ExpertLoss(self.expert, **options, kernels=kernels)
         self.shared = world.size > 1 and settings.fsdp
         if self.shared:
             from .sharding import shard
 
             shard(loss, [*self.expert.spatial_blocks, *self.expert.factorized_blocks], "packed", world)
-        self.plain: nn.Module = torch.compile(loss) if settings.compile else loss  # type: ignore[assignment]
-        self.module = copied(self.plain, world) if world.size > 1 and not self.shared else self.plain
+        self.plain: nn.Module = loss
+        if settings.compile:
+            self.plain = torch.compile(PlainLoss(self.expert), dynamic=False)  # type: ignore[assignment]
+        self.module: nn.Module = copied(self.plain, world) if world.size > 1 and not self.shared else self.plain
         self.parameters = {name: p for name, p in self.expert.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(settings, list(self.parameters.values()), world.device, self.shared)
         self.step = 0
@@ -103,6 +118,11 @@ class _Training:
         self.logs = logs
         quiet = world.rank > 0 or not settings.progress or not sys.stderr.isatty()
         self.bar = tqdm(initial=self.step, total=total, desc=f"expert {self.index}", unit="step", disable=quiet)
+        if not quiet:
+            count = sum(p.numel() for p in self.parameters.values())
+            tqdm.write(
+                f"expert {self.index}: {count / 1e6:.1f} M trainable parameters, {self.describe}", file=sys.stderr
+            )
         often = 1 if world.device.type == "cpu" else settings.log_every
         micro_batches = self.micro_batches()
         try:
@@ -159,7 +179,7 @@ class _Training:
             batch = next(micro_batches).move(world.device)
             reduce_gradients(self.module, number == numbers[-1])
             if self.expert.config.dropout:
-                torch.manual_seed(dropout_seed(settings.seed, self.index, self.step, number))
+                self.seed(dropout_seed(settings.seed, self.index, self.step, number))
             with self.precision():
                 losses = self.module(*batch.arguments())
             (losses.sum() * scale).backward()
@@ -175,6 +195,13 @@ class _Training:
 
     def precision(self) -> Any:
         return torch.autocast(self.job.world.device.type, torch.bfloat16, self.job.settings.precision == "bf16")
+
+    def seed(self, value: int) -> None:
+        """Seed the generator that dropout draws from. torch.manual_seed seeds all there are, 2 ms on a CPU."""
+        if self.job.world.device.type == "cuda":
+            torch.cuda.manual_seed(value)
+        else:
+            torch.default_generator.manual_seed(value)
 
     def log(self) -> None:
         """Write the updates since the last time. Raises TrainingError at the first that is not a number."""
@@ -263,6 +290,7 @@ class _Training:
             "start_codebook": self.expert.start_codebook,
             "settings": self.job.agreed,
             "torch": torch.__version__,
+            "computed": self.describe,
         }
         world, settings = self.job.world, self.job.settings
         world.first_does(lambda: write_state(self.folder, values, model, optimizer, settings.keep))

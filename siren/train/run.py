@@ -73,6 +73,7 @@ class _Run:
         if self.source is not None and self.source.config != self.config:
             raise InputError(f"config and {self.source.root / 'config.json'} differ; leave config out with init_from")
         self.chosen = settings.chosen_experts(self.config)
+        settings.paths(world.device)
         from ..data import open_tokens, split
 
         tokens = open_tokens(settings.data)
@@ -84,6 +85,7 @@ class _Run:
 
             check_codec(tokens, self.codec)
             self.embeddings = self.codec.decode_embeddings()
+            _check_embeddings(self.embeddings[0], self.config)
         crop = settings.crop_frames(_frame_rate(tokens), self.config.max_seq_len)
         if settings.val_data is None:
             training, validation = split(tokens, settings.val_fraction)
@@ -119,7 +121,7 @@ class _Run:
             "init_from": None if self.source is None else [entry.sha256 for entry in self.source.experts],
         }
         agreed = json.loads(json.dumps(agreed))
-        held = fixed_batches(held_out, validation, settings.batch_size, crop)
+        held = fixed_batches(held_out, validation, settings.batch_size, crop, settings.compile)
         self.job = Job(settings, batches, held, total, agreed, world)
         self.encoder = self._encoder_name(tokens)
 
@@ -128,7 +130,7 @@ class _Run:
         self._check_folder()
         with locked(self.out, wait=True):  # processes that train an expert each begin at the same time
             self._check_folder()
-            if self.codec is not None and not (self.out / "codec").exists():
+            if self.codec is not None and not ((self.out / RUN).exists() and (self.out / "codec").exists()):
                 self.codec.save_pretrained(self.out / "codec")
             values = {"format_version": 1, "settings": self.job.agreed, "prompt_encoder": self.encoder}
             write_files({self.out / RUN: (json.dumps(values, indent=2) + "\n").encode()})
@@ -190,9 +192,13 @@ class _Run:
         return None
 
     def _encoder_name(self, tokens: Any) -> str | None:
-        """What the checkpoint calls its prompt encoder: a name that anyone can load, or None."""
-        if self.settings.prompt_encoder is not None:
-            return str(self.settings.prompt_encoder)
+        """The checkpoint's prompt encoder: a name that anyone can load, the absolute path of a folder, or None."""
+        given = self.settings.prompt_encoder
+        if given is not None:
+            is_folder = isinstance(given, Path) or given.startswith(
+                (".", "/")
+            )  # as PromptEncoder.from_pretrained has it
+            return str(Path(given).resolve() if is_folder else given)
         if self.source is not None and self.source.prompt_encoder is not None:
             return self.source.prompt_encoder
         name = (tokens.encoder_identity or "").partition(" ")[0]
@@ -213,6 +219,15 @@ def _check_sizes(tokens: Any, config: SirenConfig, where: object) -> None:
     for name in ("num_codebooks", "codebook_size", "prompt_dim"):
         if getattr(tokens, name) != getattr(config, name):
             raise InputError(f"{where} has {name} {getattr(tokens, name)}, the config {getattr(config, name)}")
+
+
+def _check_embeddings(embedding: DecodeEmbedding, config: SirenConfig) -> None:
+    width, code_dim = embedding.weight.shape
+    if (code_dim, width) != (config.dac_code_dim, config.dac_feature_dim):
+        raise InputError(
+            f"the codec's decode embeddings go from {code_dim} to {width} values; the config's dac_code_dim and "
+            f"dac_feature_dim are {config.dac_code_dim} and {config.dac_feature_dim}"
+        )
 
 
 def _frame_rate(tokens: Any) -> float:

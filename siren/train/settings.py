@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from ..config import SirenConfig
 from ..errors import ConfigError, InputError, SirenError
 from ..manifest import parse_json
+from ..packed import check_attention
+from ..row_operations import check_kernels
 
 PRECISIONS = ("fp32", "bf16")
 CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -22,7 +25,16 @@ CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FREE = {
     *("data", "val_data", "out", "config", "init_from", "codec", "experts", "epochs", "max_steps"),
     *("val_every", "save_every", "keep", "log_every", "resume", "device", "workers", "compile"),
-    *("checkpoint_activations", "fsdp", "attention", "tensorboard", "wandb", "prompt_encoder", "checkpoint_dtype"),
+    *(
+        "checkpoint_activations",
+        "fsdp",
+        "attention",
+        "kernels",
+        "tensorboard",
+        "wandb",
+        "prompt_encoder",
+        "checkpoint_dtype",
+    ),
     *("allow_random_codebooks", "progress", "accumulate"),
 }
 
@@ -35,7 +47,7 @@ class TrainSettings:
     data: a token set's folder, or an official JSONL of NPZ files. out: the run's folder.
     config: a preset's name, a JSON file or a SirenConfig; it may be left out with init_from.
     experts: "all" one after another; some, by their indices from 0; or "rank": one a process, its index from
-    SLURM_ARRAY_TASK_ID, SLURM_PROCID or RANK, whichever comes first.
+    SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID, the first that is set.
     init_from: a checkpoint folder whose weights training starts from; without it they are random.
     codec: folder or name of the codec whose decode embeddings are frozen into every expert; it travels with the
     checkpoint. By default that of init_from. allow_random_codebooks: do without one (a test of the machinery).
@@ -55,9 +67,12 @@ class TrainSettings:
     Validation is on val_data, or else on the val_fraction of the clips that their ids fall into.
 
     Where: device "auto" is a GPU if there is one; under torchrun every process takes its own. fsdp: shard weights and
-    optimiser over the processes (FSDP2) instead of copying them (DDP). compile: torch.compile. attention: the backend
-    of attention on a GPU, "auto", "sdpa" or "flash". workers: batches that are made ahead by a thread.
-    log_every: updates between two looks at a GPU's losses; every update is logged. tensorboard: None is if installed.
+    optimiser over the processes (FSDP2) instead of copying them (DDP). checkpoint_activations: compute blocks again in
+    the backward pass instead of keeping what they computed. attention: "sdpa", "flash" (flash-attn) or "auto", flash
+    where it runs. kernels: those of siren.kernels; None is on a GPU with Triton. compile: torch.compile of the plain
+    forward, all batches padded to one shape; it goes without fsdp, checkpoint_activations, flash and kernels.
+    workers: batches that are made ahead by a thread. log_every: updates between two looks at a GPU's losses; every
+    update is logged. tensorboard: None is if installed.
     resume: go on from the run's last state; without it a folder that holds one is refused.
     checkpoint_dtype: float32 or bfloat16, the weights of the checkpoint that comes out.
     """
@@ -97,6 +112,7 @@ class TrainSettings:
     checkpoint_activations: bool = False
     fsdp: bool = False
     attention: str = "auto"
+    kernels: bool | None = None
     workers: int = 4
     tensorboard: bool | None = None
     wandb: bool = False
@@ -137,6 +153,30 @@ class TrainSettings:
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
         return values | {"betas": list(self.betas)}
 
+    def paths(self, device: torch.device) -> tuple[str, bool]:
+        """`attention` and `kernels` of `Expert.loss_sums` on a device: "auto" and None are settled here.
+
+        Raises InputError, BackendError or MissingDependencyError where what was asked for cannot run.
+        """
+        if self.compile:
+            for name in ("fsdp", "checkpoint_activations", "kernels"):
+                if getattr(self, name):
+                    raise InputError(f"compile and {name} do not go together; leave one of them out")
+            if self.attention == "flash":
+                raise InputError("compile has no flash attention of its own; leave one of them out")
+            return "sdpa", False
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        gpu = device.type == "cuda"
+        attention, kernels = self.attention, self.kernels
+        if attention == "auto":
+            attention = "flash" if gpu and dtype == torch.bfloat16 and find_spec("flash_attn") else "sdpa"
+        if kernels is None:
+            kernels = gpu and find_spec("triton") is not None
+        check_attention(attention, device, dtype)
+        if kernels:
+            check_kernels(device, dtype)
+        return attention, kernels
+
     def crop_frames(self, frame_rate: float, longest: int) -> int:
         """Length of a crop in frames; at most `longest`, the config's max_seq_len."""
         frames = round(self.crop_seconds * frame_rate) or longest
@@ -153,10 +193,10 @@ class TrainSettings:
         if self.experts == "all":
             chosen = range(count)
         elif self.experts == "rank":
-            names = [name for name in ("SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "RANK") if os.environ.get(name)]
+            names = [name for name in ("SLURM_ARRAY_TASK_ID", "RANK", "SLURM_PROCID") if os.environ.get(name)]
             if not names:
                 raise InputError(
-                    "experts 'rank' takes an index from SLURM_ARRAY_TASK_ID, SLURM_PROCID or RANK; none is set"
+                    "experts 'rank' takes an index from SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID; none is set"
                 )
             value = os.environ[names[0]]
             if not value.isdecimal() or int(value) >= count:
