@@ -72,6 +72,12 @@ def read_waves(clips: Sequence[ClipRecord], sample_rate: int, seconds: float) ->
     return waves
 
 
+def add_noise(wave: npt.NDArray[np.float32], level: float) -> npt.NDArray[np.float32]:
+    """A sound [S] scaled to a peak of 1 (silence stays), plus white noise of this deviation, always the same."""
+    noise = np.random.default_rng(0).standard_normal(len(wave), np.float32)
+    return wave / (np.abs(wave).max() or 1) + np.float32(level) * noise
+
+
 @torch.inference_mode()
 def reconstruct(codec: siren.Codec, waves: Sequence[npt.NDArray[np.float32]]) -> list[npt.NDArray[np.float32]]:
     """What the codec makes of each clip, of the same length."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def report(value: dict[str, Any]) -> str:
         f"temperature {options['temperature']:g}, top-k {options['top_k']}, top-p {options['top_p']:g}, guidance "
         f"{options['guidance_scale']:g}, seeds from {options['first_seed']}. Prototypes of {value['references']} real "
         f"clips; {value['held_out_queries']} of the {retrieval['real']['sounds']} real queries were held out from "
-        "training, the others only from their prototype. "
+        f"training, the others only from their prototype. Noise of {20 * math.log10(value['noise']):.0f} dB. "
     )
     lines = [
         f"{about_sounds}Embedding {about['embedding'][:32]}..., {about['date'][:10]}, commit {about['commit']}.",
@@ -34,14 +35,15 @@ def report(value: dict[str, Any]) -> str:
         "| Sounds | Own class first | 95% interval | Prompts shuffled | Similarity, own class | other classes | AUC |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for kind, title in _KINDS.items():
-        row = retrieval[kind]
-        low, high = row["interval"]
-        lines.append(
-            f"| {title} | {row['hits']} of {row['sounds']} ({row['top1']:.2f}) | {low:.2f} to {high:.2f} | "
-            f"{row['shuffled']['top1']:.2f}, at most {row['shuffled']['largest']:.2f} | {row['own']:.3f} | "
-            f"{row['other']:.3f} | {row['auc']:.3f} |"
-        )
+    for name, end in (("retrieval", ""), ("retrieval_without_noise", ", without the noise")):
+        for kind, title in _KINDS.items():
+            row = value[name][kind]
+            low, high = row["interval"]
+            lines.append(
+                f"| {title}{end} | {row['hits']} of {row['sounds']} ({row['top1']:.2f}) | {low:.2f} to {high:.2f} | "
+                f"{row['shuffled']['top1']:.2f}, at most {row['shuffled']['largest']:.2f} | {row['own']:.3f} | "
+                f"{row['other']:.3f} | {row['auc']:.3f} |"
+            )
     lines += ["", "| Class | Prompt | Real | Codec | Generated |", "| --- | --- | ---: | ---: | ---: |"]
     for kind in classes:
         shares = ("{} of {}".format(*retrieval[name]["classes"][kind["label"]]) for name in _KINDS)

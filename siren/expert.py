@@ -16,11 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import SirenConfig
 from .errors import InputError
+from .inputs import check_inputs
 from .layers import BackboneBlock, DecoderBlock, Paths, RMSNorm, sinusoidal_positions
 from .packed import Packing, check_attention
 from .row_operations import check_kernels, linear_cross_entropy, sum_rows, unit_norm
-
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 class CodeEmbedding(nn.Module):
@@ -160,8 +159,9 @@ class Expert(nn.Module):
         self, codes: Tensor, tables: Tensor, prompt: Tensor, prompt_mask: Tensor | None, sequence_mask: Tensor | None
     ) -> Tensor:
         batch, _, frames = codes.shape
-        previous = _sum_codes(tables, codes[:, :, :-1])
-        x = torch.cat((self.sos.expand(batch, -1, -1), previous), dim=1)
+        previous = codes[:, :, :-1].transpose(1, 2).reshape(-1, self.config.num_codebooks).long()
+        embedded = sum_rows(tables, previous).view(batch, frames - 1, self.config.dim)
+        x = torch.cat((self.sos.expand(batch, -1, -1), embedded), dim=1)
         positions = sinusoidal_positions(frames, self.config.dim, x.device).to(x.dtype)
         cross_mask = None if prompt_mask is None else prompt_mask[:, None, None, :]
         causal_mask = None if sequence_mask is None else _causal_mask(sequence_mask)
@@ -172,25 +172,32 @@ class Expert(nn.Module):
     def _residual_decoder(self, hidden: Tensor, codes: Tensor, tables: Tensor, start: Tensor) -> Tensor:
         """hidden [B, T, dim], start [B, 1, dim] -> logits [B, m, T, V] from the m + 1 positions of each frame."""
         batch, frames, dim = hidden.shape
-        first, count = self.start_codebook, self.config.codes_per_expert
-        start = start.expand(-1, frames, -1)
-        rows = [hidden]
-        condition: Tensor | None = None  # what position 1 + i knows of the present frame (eq. 5)
-        if self.config.conditioning == "accumulated" and first:
-            condition = _sum_codes(tables, codes[:, :first])
-        for codebook in range(first, first + count):
-            if self.config.conditioning == "residual" and codebook:
-                condition = nn.functional.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
-            elif self.config.conditioning == "accumulated" and codebook > first:
-                embedded = nn.functional.embedding(codes[:, codebook - 1].long(), tables[codebook - 1])
-                condition = embedded if condition is None else condition + embedded
-            rows.append(start if condition is None else start + condition)
-        x = torch.stack(rows, dim=2).view(batch * frames, count + 1, dim)
+        count = self.config.codes_per_expert
+        rows = codes.transpose(1, 2).reshape(batch * frames, -1).long()
+        x = self._decoder_inputs(hidden.flatten(0, 1), start.expand(-1, frames, -1).flatten(0, 1), rows, tables)
         positions = sinusoidal_positions(count + 1, dim, x.device).to(x.dtype)
         for block in self.factorized_blocks:
             x = block(x + positions)
         x = self.factorized_norm(x[:, 1:]).view(batch, frames, count, dim)
         return torch.stack([head(x[:, :, i]) for i, head in enumerate(self.heads)], dim=1)
+
+    def _decoder_inputs(
+        self, hidden: Tensor, start: Tensor, codes: Tensor, tables: Tensor, kernels: bool = False
+    ) -> Tensor:
+        """hidden and start [N, dim], codes [N, num_codebooks] of the same frames -> [N, m + 1, dim] (eq. 5)."""
+        first, count = self.start_codebook, self.config.codes_per_expert
+        rows = [hidden]
+        condition: Tensor | None = None  # what position 1 + i knows of the present frame
+        if self.config.conditioning == "accumulated" and first:
+            condition = sum_rows(tables[:first], codes[:, :first], kernels)
+        for codebook in range(first, first + count):
+            if self.config.conditioning == "residual" and codebook:
+                condition = nn.functional.embedding(codes[:, codebook - 1], tables[codebook - 1])
+            elif self.config.conditioning == "accumulated" and codebook > first:
+                embedded = nn.functional.embedding(codes[:, codebook - 1], tables[codebook - 1])
+                condition = embedded if condition is None else condition + embedded
+            rows.append(start if condition is None else start + condition)
+        return torch.stack(rows, dim=1)
 
     def loss(
         self, codes: Tensor, prompt: Tensor, prompt_mask: Tensor | None = None, sequence_mask: Tensor | None = None
@@ -227,9 +234,9 @@ class Expert(nn.Module):
         The training step's way to the numbers of `loss`, times the number of valid frames: frames of padding are not
         computed at all (siren.packed), and the logits never exist together. Arguments as in `forward`; under autocast
         matrix products take its type. checkpoint_activations computes each block again in the backward pass instead of
-        keeping its activations. attention is the backbone's, "sdpa" or "flash" (flash-attn; a GPU and 16 bits). kernels
-        takes what siren.kernels has, in float32 or bfloat16. Raises InputError, or MissingDependencyError for a package
-        that attention or kernels need.
+        keeping its activations. attention is the backbone's: "sdpa", or "flash" for flash-attn on a GPU in 16 bits.
+        kernels takes the operations that siren.kernels has, in float32 or bfloat16. Raises InputError, BackendError for
+        kernels where they cannot run, or MissingDependencyError for a package that is not there.
         """
         check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
         device = codes.device
@@ -279,7 +286,7 @@ class Expert(nn.Module):
         if self.factorized_blocks:
             start = self.decoder_start(prompt, prompt_mask)[:, 0].to(x.dtype)[frames.sequence]
             hidden = unit_norm(x, norm.eps, x.dtype) * norm.weight.to(x.dtype)
-            x = self._decoder_inputs(hidden, start, targets, tables, paths)
+            x = self._decoder_inputs(hidden, start, targets, tables, paths.kernels)
             positions = sinusoidal_positions(x.shape[1], self.config.dim, x.device).to(x.dtype)
             for i, decoder_block in enumerate(self.factorized_blocks):
                 last = i + 1 == len(self.factorized_blocks)
@@ -293,31 +300,6 @@ class Expert(nn.Module):
             losses.append(linear_cross_entropy(state, weight, targets[:, self.start_codebook + i], paths.kernels))
         return torch.stack(losses)
 
-    def _decoder_inputs(self, hidden: Tensor, start: Tensor, codes: Tensor, tables: Tensor, paths: Paths) -> Tensor:
-        """hidden and start [N, dim], codes [N, num_codebooks] of the same frames -> [N, m + 1, dim] (eq. 5)."""
-        first, count = self.start_codebook, self.config.codes_per_expert
-        rows, condition = [hidden], None
-        if self.config.conditioning == "accumulated" and first:
-            condition = sum_rows(tables[:first], codes[:, :first], paths.kernels)
-        for codebook in range(first, first + count):
-            if codebook and (self.config.conditioning == "residual" or codebook > first):
-                embedded = nn.functional.embedding(codes[:, codebook - 1], tables[codebook - 1])
-                if self.config.conditioning == "residual":
-                    condition = embedded
-                elif self.config.conditioning == "accumulated":
-                    condition = embedded if condition is None else condition + embedded
-            rows.append(start if condition is None else start + condition)
-        return torch.stack(rows, dim=1)
-
-
-def _sum_codes(tables: Tensor, codes: Tensor) -> Tensor:
-    """Sum over codebooks of the codes' embeddings: tables [>= n, V, dim], codes [B, n, T] -> [B, T, dim]."""
-    _, size, dim = tables.shape
-    batch, count, frames = codes.shape
-    offsets = torch.arange(count, device=codes.device) * size
-    rows = (codes.transpose(1, 2).long() + offsets).reshape(batch * frames, count)
-    return nn.functional.embedding_bag(rows, tables.view(-1, dim), mode="sum").view(batch, frames, dim)
-
 
 def _causal_mask(sequence_mask: Tensor) -> Tensor:
     """[B, T] -> [B, 1, T, T]: a frame sees itself and earlier frames, except those outside the sequence."""
@@ -326,47 +308,3 @@ def _causal_mask(sequence_mask: Tensor) -> Tensor:
     allowed = causal & sequence_mask[:, None, :]
     # A frame before the first valid one would see nothing: let it see all earlier ones, so that it stays finite.
     return torch.where(allowed.any(-1, keepdim=True), allowed, causal).unsqueeze(1)
-
-
-def check_inputs(
-    config: SirenConfig,
-    parameter: Tensor,
-    codes: Tensor,
-    prompt: Tensor,
-    prompt_mask: Tensor | None,
-    sequence_mask: Tensor | None,
-) -> None:
-    """Raise InputError unless the arguments of a teacher-forced forward fit the config and the parameters' device."""
-    masks = (("prompt_mask", prompt_mask), ("sequence_mask", sequence_mask))
-    for name, value in (("codes", codes), ("prompt", prompt), *masks):
-        if not isinstance(value, Tensor) and (value is not None or name in ("codes", "prompt")):
-            raise InputError(f"{name} must be a torch.Tensor, not {type(value).__name__}")
-        if isinstance(value, Tensor) and value.device != parameter.device:
-            raise InputError(f"{name} is on {value.device} and the model on {parameter.device}: move one of them")
-    if codes.ndim != 3 or codes.shape[1] != config.num_codebooks or not codes.shape[0] or not codes.shape[2]:
-        raise InputError(f"codes must have shape [batch, {config.num_codebooks}, frames], got {tuple(codes.shape)}")
-    if codes.dtype not in _INTEGERS:
-        raise InputError(f"codes must be integers, not {codes.dtype}")
-    batch, _, frames = codes.shape
-    if frames > config.max_seq_len:
-        raise InputError(f"codes have {frames} frames; max_seq_len is {config.max_seq_len}")
-    if prompt.ndim != 3 or prompt.shape[0] != batch or prompt.shape[2] != config.prompt_dim or not prompt.shape[1]:
-        raise InputError(
-            f"prompt must have shape [{batch}, tokens, {config.prompt_dim}] for these codes, got {tuple(prompt.shape)}"
-        )
-    if prompt.shape[1] > config.max_prompt_len:
-        raise InputError(f"prompt has {prompt.shape[1]} tokens; max_prompt_len is {config.max_prompt_len}")
-    if not prompt.is_floating_point():
-        raise InputError(f"prompt must be floating point, not {prompt.dtype}")
-    for (name, mask), length in zip(masks, (prompt.shape[1], frames), strict=True):
-        if mask is not None and (mask.shape != (batch, length) or mask.dtype != torch.bool):
-            raise InputError(f"{name} must be bool of shape [{batch}, {length}], got {mask.dtype} {tuple(mask.shape)}")
-    if torch.compiler.is_compiling():
-        return  # the checks below look at values and would split the graph
-    low, high = (int(value) for value in torch.aminmax(codes))
-    if low < 0 or high >= config.codebook_size:
-        raise InputError(f"codes must be from 0 to {config.codebook_size - 1}, got {low if low < 0 else high}")
-    for name, mask in masks:
-        if mask is not None and not bool(mask.any(dim=1).all()):
-            row = int((~mask.any(dim=1)).nonzero()[0])
-            raise InputError(f"{name} of sequence {row} holds no True: every sequence needs at least one")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import SirenConfig
-from .packed import Packing, attend as attend_rows
+from .packed import Packing
+from .packed import attend as attend_rows
 from .row_operations import short_attention, swiglu, unit_norm
 
 
@@ -109,7 +110,7 @@ class SelfAttention(nn.Module):
         return x + _linear(attend_rows(q, k, v, frames, frames, True, dropout, paths.attention).flatten(1), self.output)
 
     def packed_short(self, x: Tensor, norm: RMSNorm, paths: Paths, first: int) -> Tensor:
-        """x + forward(norm(x)) from position `first` on, for frames of few positions: [N, S, dim] -> [N, S - first, dim]."""
+        """x + forward(norm(x)) for frames of a few positions, from position `first` on: [N, S, dim] -> as many fewer."""
         qkv = norm.linear(x, self.qkv.weight, None, paths.dtype)
         dropout = self.dropout if self.training else 0.0
         mixed = short_attention(qkv, self.n_heads, self.n_kv_heads, dropout, paths.kernels)

@@ -7,6 +7,7 @@ a valid frame may see is exactly the valid frames before it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,31 +80,41 @@ class Packing:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing, causal: bool, dropout: float, attention: str
 ) -> Tensor:
-    """Scaled dot-product attention within each sequence: q [N, heads, head_dim], k and v [M, kv_heads, head_dim] -> as q.
+    """Attention within each sequence: q [N, heads, head_dim], k and v [M, kv_heads, head_dim] -> [N, heads, head_dim].
 
     causal: queries and keys are the same rows, and a row sees none after it. attention: see ATTENTIONS.
     """
-    grouped = k.shape[1] < q.shape[1]
     if attention == "flash":
         sizes = (queries.ends(), keys.ends(), queries.longest, keys.longest)
         return flash_attention()(q, k, v, *sizes, dropout_p=dropout, causal=causal)
     if q.device.type == "cpu":
-        # In float32: PyTorch's backward pass takes half as long again in bfloat16 (16 x 200 frames, 5 heads of 32: 47
-        # ms and 31). One sequence at a time: no padding, and its scores stay in the cache.
-        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
-        parts = zip(*(x.split(p.counts) for x, p in zip(wide, (queries, keys, keys), strict=True)), strict=True)
-        mixed = [
-            scaled_dot_product_attention(
-                *(x.transpose(0, 1).unsqueeze(0) for x in part), None, dropout, causal, enable_gqa=grouped
-            )
-            for part in parts
-        ]
-        return torch.cat([x[0].transpose(0, 1) for x in mixed]).to(q.dtype)
-    padded = [p.pad(x).transpose(1, 2) for x, p in zip((q, k, v), (queries, keys, keys), strict=True)]
+        return _attend_one_by_one(q, k, v, queries, keys, causal, dropout)
     valid = None if causal else keys.valid()
-    mask = None if valid is None else valid[:, None, None]
-    mixed_batch = scaled_dot_product_attention(*padded, mask, dropout, causal, enable_gqa=grouped)
-    return queries.unpad(mixed_batch.transpose(1, 2))
+    mask = None if valid is None else valid.unsqueeze(1).unsqueeze(1)
+    q, k, v = (packing.pad(x).transpose(1, 2) for x, packing in ((q, queries), (k, keys), (v, keys)))
+    mixed = scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] < q.shape[1])
+    return queries.unpad(mixed.transpose(1, 2))
+
+
+def _attend_one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing, causal: bool, dropout: float
+) -> Tensor:
+    """Sequence after sequence: nothing is padded, and a sequence's scores stay in the cache.
+
+    In float32: in bfloat16 PyTorch's backward pass is slower (16 x 200 frames, 5 heads of 32, forward and backward on a
+    core of Zen 4: 47 ms and 31).
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    parts = zip(
+        q.to(wide).split(queries.counts), k.to(wide).split(keys.counts), v.to(wide).split(keys.counts), strict=True
+    )
+    mixed = []
+    for part in parts:
+        one_q, one_k, one_v = (x.transpose(0, 1).unsqueeze(0) for x in part)
+        grouped = one_k.shape[1] < one_q.shape[1]
+        one = scaled_dot_product_attention(one_q, one_k, one_v, None, dropout, causal, enable_gqa=grouped)
+        mixed.append(one[0].transpose(0, 1))
+    return torch.cat(mixed).to(q.dtype)
 
 
 def check_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -112,16 +123,16 @@ def check_attention(attention: str, device: torch.device, dtype: torch.dtype) ->
         raise InputError(f"attention must be one of {', '.join(ATTENTIONS)}, not {attention!r}")
     if attention == "flash":
         if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-            raise InputError(f"flash attention needs a GPU and bfloat16 or float16, not {device.type} and {dtype}")
+            kind = str(dtype).removeprefix("torch.")
+            raise InputError(f"flash attention needs a GPU and bfloat16 or float16, not {device.type} and {kind}")
         flash_attention()
 
 
 def flash_attention() -> Callable[..., Tensor]:
     """flash-attn's function for sequences of different lengths. Raises MissingDependencyError."""
     try:
-        from flash_attn import flash_attn_varlen_func
+        return importlib.import_module("flash_attn").flash_attn_varlen_func
     except ImportError as error:
         raise MissingDependencyError(
             "flash-attn is not installed (or does not import): pip install 'siren[flash]'"
         ) from error
-    return flash_attn_varlen_func

@@ -47,7 +47,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
         raise InputError(f"siren.kernels compute in float32 or bfloat16, not {dtype}")
 
 
-def sum_rows(tables: Tensor, codes: Tensor, kernels: bool) -> Tensor:
+def sum_rows(tables: Tensor, codes: Tensor, kernels: bool = False) -> Tensor:
     """Sum over codebooks of the codes' embeddings: tables [J, V, dim], codes [N, J] int64 -> [N, dim]."""
     if kernels:
         from .kernels.rvq_embed import rvq_embed
@@ -198,11 +198,11 @@ def short_attention(qkv: Tensor, n_heads: int, n_kv_heads: int, dropout: float, 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made beside the loss, from logits that are still in the cache, and scaled in the backward pass."""
+    """The gradients are made beside the loss, from logits still in the cache; the backward pass only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        need_x, need_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, gradients: bool) -> Tensor:
+        need_x, need_weight = (gradients and need for need in ctx.needs_input_grad[:2])
         dtype = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=dtype)
         d_x = torch.empty_like(x) if need_x else None
@@ -225,10 +225,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_x, d_weight = ctx.saved_tensors
-        d_x = None if d_x is None else d_x * d_total.to(d_x.dtype)
-        return d_x, None if d_weight is None else (d_weight * d_total).to(ctx.dtype), None
+        d_x = None if d_x is None else (d_x * d_total).to(d_x.dtype)
+        return d_x, None if d_weight is None else (d_weight * d_total).to(ctx.dtype), None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels: bool) -> Tensor:
@@ -240,4 +240,5 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels: bo
         from .kernels.linear_cross_entropy import linear_cross_entropy as kernel
 
         return kernel(x, weight, targets).sum()
-    return _LinearCrossEntropy.apply(x, weight, targets)
+    # Inside, grad mode is always off, and needs_input_grad does not know of no_grad.
+    return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())

@@ -17,7 +17,7 @@ import torch
 from training_runs import make_data, settings
 
 from siren.errors import SirenError
-from siren.train import train
+from siren.train import sharding, train  # noqa: F401
 from siren.train.batches import Batches
 
 
@@ -75,7 +75,7 @@ def fill_disk_of_first() -> None:
 def main(folder: Path) -> None:
     """Print what each process of each run raised, as JSON."""
     torch.set_num_threads(1)
-    torch.optim.AdamW([torch.zeros(1)])  # imports much, once for all processes
+    torch.optim.AdamW([torch.zeros(1)])  # this and sharding import much, once for all processes
     data = make_data(folder)
     two = {"accumulate": 1}
 

@@ -470,3 +470,16 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     print(result.stdout)
+
+
+@pytest.mark.parametrize(
+    "generation", [[], "loud", {"volume": 1}, {"seconds": "6"}, {"top_k": 1.5}, {"top_p": True}, {"seconds": 1e999}]
+)
+def test_bad_generation_settings_are_refused(tmp_path: Path, generation: object) -> None:
+    """Only known names with finite numbers may stand in a manifest's `generation`."""
+    target = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN, target)
+    path = target / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"generation": generation}))
+    with pytest.raises(CheckpointError, match="generation"):
+        read_manifest(target)

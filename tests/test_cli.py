@@ -223,7 +223,6 @@ def test_a_picture_that_fails_leaves_no_sound(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["rain", "a.wav"], "pass --model"),
         (["rain", "a.wav", "--model", "none"], "none"),
         (["rain", "--model", "DEMO"], "nowhere to write to"),
         (["rain", "a.mp3", "--model", "DEMO"], "must end in .wav or .flac"),

@@ -280,3 +280,19 @@ def test_the_example_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: py
     assert isinstance(sound, torch.Tensor)
     assert sound.shape == (2, 1, 16000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-0.wav", "clip-1.wav", "demo"]
+
+
+def test_a_checkpoint_says_how_it_is_best_sampled(folder: Path, tmp_path: Path) -> None:
+    """What the manifest's `generation` says stands in for arguments that are not given, and survives a save."""
+    model = siren.Siren.from_pretrained(folder)
+    model.generation = {"seconds": 0.3, "guidance_scale": 2.5, "top_k": 7}
+    model.save_pretrained(tmp_path / "saved")
+    loaded = siren.Siren.from_pretrained(tmp_path / "saved")
+    assert loaded.generation == model.generation
+    audio = loaded.generate("rain", progress=False)
+    assert audio.codes.shape[2] == 15
+    spelled = {"seconds": 0.3, "temperature": 1.0, "top_k": 7, "top_p": 1.0, "guidance_scale": 2.5}
+    assert torch.equal(audio.codes, loaded.generate("rain", progress=False, **spelled).codes)
+    assert torch.equal(audio.codes, generate(read_manifest(tmp_path / "saved"), "rain", progress=False).codes)
+    plain = loaded.generate("rain", guidance_scale=1.0, top_k=0, progress=False)  # an argument wins
+    assert not torch.equal(audio.codes, plain.codes)

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from retrieval import measure, pick_classes
 from retrieval_classes import CLASSES, PromptClass
-from retrieval_clips import Selection, is_held_out, read_waves, reconstruct, select
+from retrieval_clips import Selection, add_noise, is_held_out, read_waves, reconstruct, select
 from retrieval_loss import held_out_loss, other_clip
 from retrieval_report import draw_grid, report
 from retrieval_scores import Prototypes, score, wilson
@@ -239,10 +239,22 @@ def test_measure(tmp_path: Path) -> None:
     assert value["retrieval"]["generated"]["classes"] == {"low": [2, 2], "middle": [1, 2], "high": [1, 2]}
     assert sorted(value["retrieval"]["generated"]["confusions"]) == [["high", "low", 1], ["middle", "high", 1]]
     assert 0.1 < value["codec_log_mel_db"]["median"] < 6.03  # most bands of a tone are at the floor before and after
+    plain = value["retrieval_without_noise"]  # this embedding hardly hears the noise, but it is there
+    assert plain["real"]["hits"] == 9 and plain["real"]["own"] != value["retrieval"]["real"]["own"]
     for kind, (real, coded, generated) in enumerate(examples):
         np.testing.assert_array_equal(real, tone(kind, 4 - kind))
         np.testing.assert_array_equal(coded, real / 2)
         np.testing.assert_array_equal(generated, made[2 * kind])
+
+
+def test_noise() -> None:
+    """Sounds differ in nothing but themselves: one peak, and the same noise 60 dB below, also under silence."""
+    wave = np.zeros(16000, np.float32)
+    wave[100] = -0.25
+    silence = add_noise(np.zeros(16000, np.float32), 1e-3)
+    assert silence.dtype == np.float32 and 20 * np.log10(silence.std()) == pytest.approx(-60, abs=0.2)
+    np.testing.assert_allclose(add_noise(wave, 1e-3) - silence, 4 * wave, atol=1e-6)
+    np.testing.assert_array_equal(add_noise(wave, 0), 4 * wave)
 
 
 def test_picked_classes() -> None:
@@ -256,6 +268,7 @@ def test_report_and_picture() -> None:
     """The tables hold the numbers; the picture is a small PNG."""
     similarities = np.eye(2)[[0, 0, 1, 0]]
     made = score(similarities, [0, 0, 1, 1], ["bell", "rain"])
+    worse = score(similarities, [0, 1, 1, 1], ["bell", "rain"])
     options = {"model": "m", "seeds": 2, "seconds": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
     value = {
         "about": {
@@ -270,12 +283,15 @@ def test_report_and_picture() -> None:
         ],
         "references": 9,
         "held_out_queries": 3,
+        "noise": 1e-3,
         "retrieval": {"real": made, "codec": made, "generated": made},
+        "retrieval_without_noise": {"real": worse, "codec": worse, "generated": worse},
         "codec_log_mel_db": {"mean": 3.14159, "median": 2.0},
         "loss": {"clips": 7, "frames": 99, "own": [1.0, 2.0], "shuffled": [3.0, 4.0]},
     }
     text = report(value)
     assert "| generated from the prompt | 3 of 4 (0.75) | 0.30 to 0.95 |" in text
+    assert "| generated from the prompt, without the noise | 2 of 4 (0.50) |" in text and "Noise of -60 dB" in text
     assert "| rain (procedural) | rain | 1 of 2 | 1 of 2 | 1 of 2 |" in text
     assert "rain as bell (1)" in text and "3.14 dB" in text
     assert "| another clip's prompt | 3.00 | 4.00 | 3.500 |" in text
