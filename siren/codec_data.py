@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data.clips import read_clip_folder
-from .data.sound import SAMPLE_RATE, read_sound
+from .data.sound import read_sound
 from .errors import DataError, InputError
 
 
 def read_clips(sources: Sequence[str | Path], progress: bool = True) -> list[np.ndarray]:
-    """The sounds of clip folders, int16 [S] at SAMPLE_RATE; those that cannot be read are left out, and it says so.
+    """The sounds of clip folders, int16 [S] at 16 kHz; those that cannot be read are left out, and it says so.
 
     Raises InputError if there is no folder, DataError if one is not a clip folder or no sound at all can be read.
     """
@@ -39,7 +39,7 @@ def read_clips(sources: Sequence[str | Path], progress: bool = True) -> list[np.
 
 
 class Crops:
-    """Random crops of `crop` samples from int16 sounds at SAMPLE_RATE; which ones is a function of seed and step.
+    """Random crops of `crop` samples from int16 sounds; which ones is a function of seed and step.
 
     Sounds are drawn by length plus one crop. A crop may begin half its length before its sound, and end as much after
     it, in silence: sounds that are shorter than a crop stand anywhere in it, and the silence after them is learned too.
@@ -66,8 +66,5 @@ class Crops:
         digest = hashlib.sha256()
         for sound in self.sounds:
             digest.update(len(sound).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(sound))
+            digest.update(sound.tobytes())
         return digest.hexdigest()
-
-
-__all__ = ["SAMPLE_RATE", "Crops", "read_clips"]

@@ -5,6 +5,8 @@ Each gives its features, layer by layer; the last is its judgement, near 1 for r
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,7 +53,7 @@ class Discriminators(nn.Module):
 def _period_layers(width: int) -> _Layers:
     sizes = [1, width, 2 * width, 4 * width, 8 * width]
     convolutions: list[nn.Module] = [
-        nn.Conv2d(before, after, (5, 1), (3, 1), (2, 0)) for before, after in zip(sizes, sizes[1:], strict=False)
+        nn.Conv2d(before, after, (5, 1), (3, 1), (2, 0)) for before, after in pairwise(sizes)
     ]
     return _Layers(convolutions, nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
 

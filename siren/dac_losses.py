@@ -5,6 +5,8 @@ Left out: the commitment and codebook losses (see dac_model.quantise) and the ad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,10 @@ class ReconstructionLoss(torch.nn.Module):
     Raises InputError for sounds shorter than MIN_SAMPLES, or of different shapes.
     """
 
-    def __init__(self, sample_rate: int) -> None:
+    def __init__(self, sample_rate: int, scales: Sequence[tuple[int, int]] = MEL_SCALES) -> None:
         super().__init__()
-        for window, bands in MEL_SCALES:
+        self.windows = [window for window, _ in scales]
+        for window, bands in scales:
             hann = torch.hann_window(window)
             # Scaled so that a sine of amplitude 1 has a peak of 1 in any window.
             self.register_buffer(f"window_{window}", hann * (2 / hann.sum()), persistent=False)
@@ -45,9 +48,9 @@ class ReconstructionLoss(torch.nn.Module):
             )
         reference, estimate = reference[:, 0], estimate[:, 0]
         mel = torch.zeros((), device=reference.device)
-        for window, _ in MEL_SCALES:
+        for window in self.windows:
             mel = mel + (self._log_mel(reference, window) - self._log_mel(estimate, window)).abs().mean()
-        return {"mel": mel / len(MEL_SCALES), "wave": (reference - estimate).abs().mean()}
+        return {"mel": mel / len(self.windows), "wave": (reference - estimate).abs().mean()}
 
     def _log_mel(self, sound: Tensor, window: int) -> Tensor:
         hann, bank = self.get_buffer(f"window_{window}"), self.get_buffer(f"bank_{window}")

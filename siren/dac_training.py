@@ -255,7 +255,7 @@ def _parts(run: Run) -> dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]
 
 def _tensors(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights as "codec/NAME", and of the optimisers "codec/exp_avg/NAME" and so on."""
-    weights, moments = {}, {}
+    weights, moments = dict[str, Tensor](), dict[str, Tensor]()
     for part, (module, optimizer) in _parts(run).items():
         weights |= {f"{part}/{name}": tensor.cpu() for name, tensor in module.state_dict().items()}
         for name, parameter in module.named_parameters():

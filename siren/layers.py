@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
         return x + _linear(attend_rows(q, k, v, frames, frames, True, dropout, paths.attention).flatten(1), self.output)
 
     def packed_short(self, x: Tensor, norm: RMSNorm, paths: Paths, first: int) -> Tensor:
-        """x + forward(norm(x)) for frames of a few positions, from position `first` on: [N, S, dim] -> as many fewer."""
+        """x + forward(norm(x)) for frames of a few positions, from position `first` on: [N, S, dim] -> fewer."""
         qkv = norm.linear(x, self.qkv.weight, None, paths.dtype)
         dropout = self.dropout if self.training else 0.0
         mixed = short_attention(qkv, self.n_heads, self.n_kv_heads, dropout, paths.kernels)

@@ -89,6 +89,13 @@ def attend(
         return flash_attention()(q, k, v, *sizes, dropout_p=dropout, causal=causal)
     if q.device.type == "cpu":
         return _attend_one_by_one(q, k, v, queries, keys, causal, dropout)
+    return _attend_padded(q, k, v, queries, keys, causal, dropout)
+
+
+def _attend_padded(
+    q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing, causal: bool, dropout: float
+) -> Tensor:
+    """All sequences at once, side by side from the left."""
     valid = None if causal else keys.valid()
     mask = None if valid is None else valid.unsqueeze(1).unsqueeze(1)
     q, k, v = (packing.pad(x).transpose(1, 2) for x, packing in ((q, queries), (k, keys), (v, keys)))

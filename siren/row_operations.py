@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812, the name that PyTorch's users know
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from .errors import BackendError, InputError, MissingDependencyError
 
 CHUNK = 1 << 18  # numbers of the input that are worked on at a time on a CPU
-LOSS_NUMBERS = 1 << 18  # logits that exist at a time
+LOSS_NUMBERS = 1 << 18  # logits that exist at a time on a CPU; 32 times as many on a GPU
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -55,7 +54,7 @@ def sum_rows(tables: Tensor, codes: Tensor, kernels: bool = False) -> Tensor:
         return rvq_embed(tables.unsqueeze(0), codes.T.unsqueeze(0))[0, 0]
     count, size, dim = tables.shape
     offsets = torch.arange(count, device=codes.device) * size
-    return F.embedding_bag(codes + offsets, tables.view(-1, dim), mode="sum")
+    return functional.embedding_bag(codes + offsets, tables.view(-1, dim), mode="sum")
 
 
 class _UnitNorm(torch.autograd.Function):
@@ -78,7 +77,7 @@ class _UnitNorm(torch.autograd.Function):
 def unit_norm(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """RMSNorm without its weight, [..., dim] -> [..., dim] in dtype. The weight goes into the matrix that follows."""
     if x.device.type != "cpu":
-        return F.rms_norm(x, x.shape[-1:], None, eps).to(dtype)
+        return functional.rms_norm(x, x.shape[-1:], None, eps).to(dtype)
     return _UnitNorm.apply(x, eps, dtype)
 
 
@@ -90,7 +89,7 @@ class _SwiGLU(torch.autograd.Function):
         out = gate_value.new_empty(*gate_value.shape[:-1], hidden)
         for part in _chunks(gate_value):
             gate, value = _wide(gate_value[part]).split(hidden, -1)
-            torch.mul(F.silu(gate), value, out=out[part])
+            torch.mul(functional.silu(gate), value, out=out[part])
         return out
 
     @staticmethod
@@ -154,9 +153,9 @@ class _ShortAttention(torch.autograd.Function):
                 kept = p
                 if keep is not None:
                     kept, dp = p * keep[s, : s + 1, part], dp * keep[s, : s + 1, part]
-                dv[: s + 1] += (kept.unsqueeze(-1) * d_mixed[s]).sum(3, keepdim=True)
+                dv[: s + 1] += _over_group(kept.unsqueeze(-1) * d_mixed[s])
                 d_scores = (p * (dp - (p * dp).sum(0)) * q.shape[-1] ** -0.5).unsqueeze(-1)
-                dk[: s + 1] += (d_scores * q[s]).sum(3, keepdim=True)
+                dk[: s + 1] += _over_group(d_scores * q[s])
                 dq[s] = (d_scores * k[: s + 1]).sum(0)
             torch.cat([d.flatten(2).transpose(0, 1) for d in (dq, dk, dv)], -1, out=d_qkv[part])
         return d_qkv, None, None, None
@@ -169,6 +168,11 @@ def _positions(qkv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tens
     q, k, v = (_wide(x).transpose(0, 1).contiguous() for x in qkv.split(sizes, -1))
     q, k, v = (x.view(*x.shape[:2], n_kv_heads, -1, head_dim) for x in (q, k, v))
     return q, k, v
+
+
+def _over_group(x: Tensor) -> Tensor:
+    """[S, n, KV, G, head_dim] -> the sum over G, [S, n, KV, 1, head_dim]."""
+    return x if x.shape[3] == 1 else x.sum(3, keepdim=True)
 
 
 def _probabilities(q: Tensor, k: Tensor, s: int) -> Tensor:
@@ -190,10 +194,10 @@ def short_attention(qkv: Tensor, n_heads: int, n_kv_heads: int, dropout: float, 
         heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).transpose(1, 2)
         q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), 1)
         grouped = n_kv_heads < n_heads
-        mixed = scaled_dot_product_attention(q, k, v, None, dropout, True, enable_gqa=grouped)
+        mixed = functional.scaled_dot_product_attention(q, k, v, None, dropout, True, enable_gqa=grouped)
         return mixed.transpose(1, 2).flatten(2)
     shape = (positions, positions, rows, n_kv_heads, n_heads // n_kv_heads)
-    keep = F.dropout(torch.ones(shape), dropout) if dropout else None
+    keep = functional.dropout(torch.ones(shape), dropout) if dropout else None
     return _ShortAttention.apply(qkv, n_heads, n_kv_heads, keep)
 
 
@@ -207,10 +211,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=dtype)
         d_x = torch.empty_like(x) if need_x else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        size = max(1, LOSS_NUMBERS // len(weight))
+        size = max(1, (LOSS_NUMBERS if x.device.type == "cpu" else 32 * LOSS_NUMBERS) // len(weight))
         for start in range(0, len(x), size):
             rows, codes = x[start : start + size], targets[start : start + size, None]
-            logprobs = F.linear(rows, weight).to(dtype).log_softmax(1)
+            logprobs = functional.linear(rows, weight).to(dtype).log_softmax(1)
             total -= logprobs.gather(1, codes).sum()
             if need_x or need_weight:
                 d_logits = logprobs.exp_()

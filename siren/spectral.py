@@ -133,7 +133,9 @@ class SpectralModel(nn.Module):
     def sound(self, frames: Tensor) -> Tensor:
         """Log-mel frames [T, features] -> sound [hop_length * T] within -1..1. The same frames give the same sound."""
         c = self.config
-        mel = (frames.reshape(-1, c.n_mels).T.exp() - c.floor).clamp(min=0)
+        mel = frames.reshape(-1, c.n_mels).T.exp()
+        # Quantised silence is not quite the floor; within a factor of 2 of it there is none to be heard.
+        mel = torch.where(mel > 2 * c.floor, mel - c.floor, 0)
         window = torch.hann_window(c.window, device=frames.device)
         magnitude = _unmix(mel, self.filterbank).sqrt() * (window.sum() / 2)
         side = (c.window - c.step) // 2

@@ -42,10 +42,8 @@ def test_from_sounds_to_a_model_that_generates(
     main(["data", "procedural", "made", "--clips", "20", "--seconds", "1.5", "--workers", "1"])
     assert "20 clips" in capfd.readouterr().out
     main(["train-codec", "clips", "made", "--out", "codec", "--iterations", "2", "--max-frames", "3000"])
-    main(
-        ["data", "tokenize", "clips", "made", "--out", "tokens", "--codec", "codec", "--seconds", "1.5"]
-        + ["--pad-seconds", "0", "--workers", "1"]
-    )
+    words = ["data", "tokenize", "clips", "made", "--out", "tokens", "--codec", "codec", "--seconds", "1.5"]
+    main([*words, "--pad-seconds", "0", "--workers", "1"])
     assert "clips" in capfd.readouterr().out
     config = {"dim": 16, "n_heads": 2, "n_kv_heads": 1, "spatial_layers": 1, "factorized_layers": 1}
     sizes = {"prompt_dim": 384, "dac_code_dim": 16, "dac_feature_dim": 160, "ffn_multiple_of": 16, "dropout": 0.0}

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "kernels"
-ARCHS = (80, 90, 100, 120)
+ARCHS = (80, 90, 120)  # the oldest, Hopper, and the one with the least shared memory; the report's default adds 100
 DECODE_STEMS = {"sample_heads", "backbone_step", "residual_frame"}
 STEMS = {"rvq_embed", "residual_decoder", "linear_cross_entropy", "policy_loss", *DECODE_STEMS}
 BAD_KERNELS = """
@@ -70,8 +70,8 @@ def report(out: Path, first: Path, *options: object) -> tuple[subprocess.Complet
 
 @pytest.mark.slow
 def test_every_kernel_compiles_and_the_decode_path_does_not_spill(tmp_path: Path) -> None:
-    """Every launch, for every architecture; `python benchmarks/kernels/compile_report.py` prints what each takes."""
-    made, result = report(tmp_path / "report.json", FOLDER)
+    """Every launch, for three architectures; `python benchmarks/kernels/compile_report.py` prints what each takes."""
+    made, result = report(tmp_path / "report.json", FOLDER, "--arch", *ARCHS)
     assert made.returncode == 0, made.stderr[-4000:]
     assert result["faults"] == []
     rows = result["kernels"]

@@ -112,10 +112,8 @@ def reduce_gradients(module: nn.Module, wanted: bool) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor on the CPU, detached; all processes must call where it is sharded."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu()
+    """All of a tensor, detached, where it is; all processes must call where it is sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
 def take_over(target: Tensor, values: Tensor) -> None:

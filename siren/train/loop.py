@@ -96,7 +96,8 @@ class _Training:
         if self.shared:
             from .sharding import shard
 
-            shard(loss, [*self.expert.spatial_blocks, *self.expert.factorized_blocks], "packed", world)
+            blocks = [*self.expert.spatial_blocks, *self.expert.factorized_blocks]
+            shard(loss, blocks, "packed", world.device.type, world.size)
         self.plain: nn.Module = loss
         if settings.compile:
             self.plain = torch.compile(PlainLoss(self.expert), dynamic=False)  # type: ignore[assignment]
@@ -105,7 +106,6 @@ class _Training:
         self.optimizer = _optimizer(settings, list(self.parameters.values()), world.device, self.shared)
         self.step = 0
         self.saved = -1
-        self.validated = -1
         self.pending: list[tuple[float, Tensor, Tensor | None]] = []  # of updates that are not logged yet
         self.clock = time.perf_counter()
 
@@ -186,8 +186,7 @@ class _Training:
             sums.append(losses.detach())
         norm = None
         if settings.grad_clip:
-            norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.grad_clip)
-            norm = whole(norm)
+            norm = whole(nn.utils.clip_grad_norm_(self.parameters.values(), settings.grad_clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.pending.append((rate, torch.stack(sums), norm))
@@ -197,7 +196,7 @@ class _Training:
         return torch.autocast(self.job.world.device.type, torch.bfloat16, self.job.settings.precision == "bf16")
 
     def seed(self, value: int) -> None:
-        """Seed the generator that dropout draws from. torch.manual_seed seeds all there are, 2 ms on a CPU."""
+        """Seed the generator that dropout draws from. torch.manual_seed seeds all there are: 0.4 ms, this takes 1 us."""
         if self.job.world.device.type == "cuda":
             torch.cuda.manual_seed(value)
         else:
@@ -278,9 +277,9 @@ class _Training:
         """Write a state, unless this update's is there already."""
         if self.saved == self.step:
             return
-        model = {name: whole(tensor) for name, tensor in self.expert.state_dict().items()}
+        model = {name: whole(tensor).cpu() for name, tensor in self.expert.state_dict().items()}
         optimizer = {
-            f"{key}/{name}": whole(value)
+            f"{key}/{name}": whole(value).cpu()
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state[parameter].items()
         }

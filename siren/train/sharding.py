@@ -10,12 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .distributed import World
 
+def shard(module: nn.Module, blocks: Sequence[nn.Module], method: str, kind: str, processes: int) -> None:
+    """Shard in place over processes with one kind of device, "cpu" or "cuda". Gradients are averaged.
 
-def shard(module: nn.Module, blocks: Sequence[nn.Module], method: str, world: World) -> None:
-    """Shard in place: each block is a unit, entered through `method`, and the rest another. Gradients are averaged."""
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    Each block is a unit, entered through its `method`, and the rest of the module another.
+    """
+    mesh = init_device_mesh(kind, (processes,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, method)
