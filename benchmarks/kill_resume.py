@@ -2,8 +2,9 @@
 
     python benchmarks/kill_resume.py --points 50
 
-One run of a tiny expert goes through uninterrupted. Others are stopped after a random time, by SIGKILL and every third
-time by SIGTERM, and started again until they finish; when one has finished, another begins, until all points are used.
+Two runs of a tiny expert go through uninterrupted and must be the same. Others are stopped after a random time, by
+SIGKILL and every third time by SIGTERM, and started again until they finish; when one has finished, another begins,
+until all points are used.
 Checked after every stop: the state on the disk is whole, and no more updates are lost than there are between two saves
 (none by SIGTERM). Checked at every end: weights, optimiser, losses and what every batch held. Processes are forked, so
 that a start takes no seconds. Exit code 1, saying what differs, if a check fails.

@@ -77,14 +77,18 @@ def random_expert(config: SirenConfig) -> Expert:
 
 
 def random_batch(config: SirenConfig, size: int, frames: int, shortest: int, seed: int, device: str) -> Batch:
-    """Codes, prompts of 16 to 32 tokens, and masks; the first clip has all frames, as one that is cut has."""
+    """Codes, prompts of 16 to 32 tokens (or half of what fits, and more), and masks.
+
+    The first clip has all frames, as one that is cut has.
+    """
     generator = torch.Generator().manual_seed(seed)
+    most = min(32, config.max_prompt_len)
     codes = torch.randint(config.codebook_size, (size, config.num_codebooks, frames), generator=generator)
-    prompt = torch.randn(size, 32, config.prompt_dim, generator=generator)
-    tokens = torch.randint(16, 33, (size, 1), generator=generator)
+    prompt = torch.randn(size, most, config.prompt_dim, generator=generator)
+    tokens = torch.randint(most // 2, most + 1, (size, 1), generator=generator)
     lengths = torch.randint(shortest, frames + 1, (size, 1), generator=generator)
-    lengths[0], tokens[0] = frames, 32
-    masks = torch.arange(32) < tokens, torch.arange(frames) < lengths
+    lengths[0], tokens[0] = frames, most
+    masks = torch.arange(most) < tokens, torch.arange(frames) < lengths
     return tuple(value.to(device) for value in (codes, prompt, *masks))
 
 
@@ -152,7 +156,7 @@ def check(config: SirenConfig, names: list[str], precision: str, device: str) ->
     naive arm where that was lucky.
     """
     expert = random_expert(dataclasses.replace(config, dropout=0.0))
-    batch = random_batch(config, 3, 40, 10, 1, device)
+    batch = random_batch(config, 3, min(40, config.max_seq_len), 10, 1, device)
     exact_expert = copy.deepcopy(expert).double().to(device)
     loss = exact_expert.loss(*batch).mean()
     loss.backward()
@@ -185,10 +189,11 @@ def check(config: SirenConfig, names: list[str], precision: str, device: str) ->
 
 
 class Clock:
-    """Times between marks, by the processor's clock or by events on a GPU."""
+    """Times between marks: by events on a GPU, else of the wall clock, or of the processors if `process`."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, process: bool) -> None:
         self.cuda = device == "cuda"
+        self.now = time.process_time if process else time.perf_counter
         self.marks: list[Any] = []
 
     def mark(self) -> None:
@@ -196,7 +201,7 @@ class Clock:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
         else:
-            self.marks.append(time.perf_counter())
+            self.marks.append(self.now())
 
     def seconds(self) -> list[float]:
         """Between each mark and the next."""
@@ -206,13 +211,13 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def measure(arms: dict[str, Arm], batches: list[Batch], rounds: int) -> dict[str, list[list[float]]]:
+def measure(arms: dict[str, Arm], batches: list[Batch], rounds: int, process: bool) -> dict[str, list[list[float]]]:
     """Seconds of each part of every step of every arm; round i trains on batch i."""
     times: dict[str, list[list[float]]] = {name: [] for name in arms}
     with tqdm(total=(rounds + 1) * len(arms), unit="step", disable=None, leave=False) as bar:
         for turn in range(rounds + 1):
             for name, arm in arms.items():
-                clock = Clock(arm.device)
+                clock = Clock(arm.device, process)
                 clock.mark()
                 loss = arm.step(batches[turn % len(batches)], clock.mark)
                 if not loss < float("inf"):
@@ -228,7 +233,11 @@ def peak_memory(name: str, config: SirenConfig, precision: str, device: str, thr
     torch.set_num_threads(threads)
     if device == "cuda":
         torch.cuda.init()
-    before = machine.private_bytes()
+    tiny = SirenConfig.preset("tiny")
+    Arm(name, random_expert(tiny), precision, device).step(random_batch(tiny, 1, 9, 9, 0, device), lambda: None)
+    before = machine.private_bytes()  # what a first step imports and sets up is in it
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     with PeakMemory() as peak:
         arm = Arm(name, random_expert(config), precision, device)
         for seed in range(2):
@@ -262,12 +271,15 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, help="steps of each arm that count")] = 5,
     memory: Annotated[bool, typer.Option(help="measure memory too")] = True,
     threads: Annotated[int, typer.Option(help="of PyTorch; 0: all cores")] = 0,
+    busy: Annotated[bool, typer.Option("--busy", help="count processor time, where other programs run")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG file to write")] = None,
 ) -> None:
     """Compare training steps on this machine."""
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, not {device!r}")
+    if busy and (device == "cuda" or threads != 1):
+        raise InputError("--busy counts the time of one thread on a CPU: give --threads 1")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"torch {torch.__version__} sees no CUDA device")
     names = arms.split(",")
@@ -280,10 +292,8 @@ def run(
     shortest = {clip: min(shortest_frames(clip), frames) for clip in clips}
     narrow = narrow or (1 if device == "cuda" else 4)
     config = narrowed(SirenConfig.preset(preset), narrow)
-    if frames > config.max_seq_len or config.max_prompt_len < 32:
-        raise InputError(
-            f"{preset} takes {config.max_seq_len} frames and {config.max_prompt_len} prompt tokens at most"
-        )
+    if frames > config.max_seq_len:
+        raise InputError(f"{preset} takes at most {config.max_seq_len} frames: give fewer --frames")
     batch = batch or (24 if device == "cuda" else 8)
     threads = machine.thread_count(threads)
     torch.set_num_threads(threads)
@@ -291,6 +301,7 @@ def run(
     about = machine.describe_gpu() if device == "cuda" else machine.describe()
     size = f"{preset}, width / {narrow}" if narrow > 1 else preset
     about |= {"preset": size, "config": config.to_dict(), "threads": threads, "batch": batch, "frames": frames}
+    about["clock"] = "process" if busy else "wall"
     about["command"] = " ".join(["python", "benchmarks/train.py", *sys.argv[1:]])
     parameters = sum(p.numel() for p in Expert(config, 0).parameters() if p.requires_grad)
     about["parameters"] = parameters
@@ -305,7 +316,7 @@ def run(
         built = {name: Arm(name, start, kind, device) for name in names}
         for clip in clips:
             batches = [random_batch(config, batch, frames, shortest[clip], seed, device) for seed in range(rounds + 1)]
-            times = measure(built, batches, rounds)
+            times = measure(built, batches, rounds, busy)
             valid = [int(batches[turn % len(batches)][3].sum()) for turn in range(1, rounds + 1)]
             for name in names:
                 row = {"arm": name, "precision": kind, "clips": clip, "filled": statistics.mean(valid) / batch / frames}

@@ -33,7 +33,7 @@ _BESIDE = "<beside>"  # --picture without a path
 def generate(
     source: Annotated[str, typer.Argument(metavar="PROMPT", help="What to hear, or a .jsonl file with --out-dir.")],
     out: Annotated[Path | None, typer.Argument(metavar="[OUT.wav]", help="The .wav or .flac file to write.")] = None,
-    model: Annotated[str, typer.Option(help="Checkpoint folder; siren-mini comes with the package.")] = MINI,
+    model: Annotated[str, typer.Option(help="Checkpoint folder.")] = MINI,
     seconds: Annotated[float | None, typer.Option(help="Length of a clip; by default the model's, else 6.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same sound; clip i gets seed + i.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0: always the most probable code; 1 by default.")] = None,

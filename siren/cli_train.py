@@ -49,6 +49,7 @@ def train(
     checkpoint_activations: Annotated[bool, typer.Option(help="Compute blocks again and save memory.")] = False,
     fsdp: Annotated[bool, typer.Option(help="Shard weights over the processes of torchrun (FSDP2).")] = False,
     attention: Annotated[str, typer.Option(help="auto, sdpa or flash.")] = "auto",
+    kernels: Annotated[bool | None, typer.Option(help="siren.kernels; by default on a GPU with Triton.")] = None,
     workers: Annotated[int, typer.Option(help="Batches made ahead.")] = 4,
     tensorboard: Annotated[bool | None, typer.Option(help="By default if it is installed.")] = None,
     wandb: Annotated[bool, typer.Option(help="Log to Weights & Biases.")] = False,

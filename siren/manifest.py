@@ -30,6 +30,7 @@ GENERATION = {
     "guidance_scale": 1.0,
 }  # where none say more
 MINI = "siren-mini"  # the name of the model that comes with the package
+_MINI_FOLDER = Path(__file__).parent / "models" / MINI
 JSON_LIMIT = 4 << 20  # bytes; the largest model the config allows needs an eighth of it
 
 
@@ -67,7 +68,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     read instead, with a warning.
     """
     try:
-        path = Path(__file__).parent / "models" / MINI if folder == MINI else Path(folder).expanduser()
+        path = _MINI_FOLDER if folder == MINI else Path(folder).expanduser()
+        if folder == MINI and not path.exists():
+            raise CheckpointError(
+                f"{MINI} is not in this installation: pass a checkpoint folder (--model FOLDER), or make it with "
+                "examples/siren-mini/make.sh"
+            )
         previous = previous_version(path)
         if not path.exists() and (previous / "manifest.json").is_file():
             warnings.warn(f"{path} is missing after an interrupted save; reading {previous}", stacklevel=2)

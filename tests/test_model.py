@@ -166,6 +166,6 @@ def test_generate_hands_everything_on(monkeypatch, golden_model):
     assert golden_model.generate("rain", seconds=2, top_k=5, threads=1) == "sound"
     assert seen.pop("args") == (golden_model, "rain")
     assert seen == {
-        "seconds": 2, "seed": 0, "temperature": 1.0, "top_k": 5, "top_p": 1.0, "guidance_scale": 1.0,
+        "seconds": 2, "seed": 0, "temperature": None, "top_k": 5, "top_p": None, "guidance_scale": None,
         "num_return_sequences": 1, "progress": True, "threads": 1,
     }  # fmt: skip

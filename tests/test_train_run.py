@@ -26,7 +26,7 @@ from siren.expert import Expert
 from siren.train import TrainingError, TrainingStoppedError, assemble, train
 from siren.train.batches import Batches, usable, weight_seed
 from siren.train.settings import TrainSettings
-from siren.train.state import latest_state, locked
+from siren.train.state import LOCK, latest_state, locked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -349,6 +349,15 @@ def test_other_settings_do_not_resume(tmp_path: Path, data: dict[str, Any], whol
         train(settings(data, whole, experts=[0]))
     after = contents(whole)
     assert {name: after[name] for name in before} == before
+
+
+def test_a_folder_in_which_a_run_just_begins_is_joined(tmp_path: Path, data: dict[str, Any]) -> None:
+    """What is there before run.json, when another process has begun or was killed while it began, is no obstacle."""
+    run = tmp_path / "run"
+    (run / ".codec.saving-1a2b3c4d").mkdir(parents=True)
+    (run / LOCK).touch()
+    train(settings(data, run, experts=[0]))
+    assert (run / "run.json").is_file()
 
 
 def test_a_tampered_state_does_not_resume(

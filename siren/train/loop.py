@@ -196,7 +196,7 @@ class _Training:
         return torch.autocast(self.job.world.device.type, torch.bfloat16, self.job.settings.precision == "bf16")
 
     def seed(self, value: int) -> None:
-        """Seed the generator that dropout draws from. torch.manual_seed seeds all there are: 0.4 ms, this takes 1 us."""
+        """Seed what dropout draws from. torch.manual_seed seeds all generators there are: 0.4 ms, this takes 1 us."""
         if self.job.world.device.type == "cuda":
             torch.cuda.manual_seed(value)
         else:

@@ -127,7 +127,8 @@ class _Run:
 
     def begin(self) -> None:
         """Compare with what an earlier run left in the folder, and note down this one."""
-        self._check_folder()
+        if not (self.out / LOCK).exists():  # no run begins here: nothing is written to a folder of the user's
+            self._check_folder()
         with locked(self.out, wait=True):  # processes that train an expert each begin at the same time
             self._check_folder()
             if self.codec is not None and not ((self.out / RUN).exists() and (self.out / "codec").exists()):
@@ -142,7 +143,7 @@ class _Run:
             check_same(before["settings"], self.job.agreed, path)
             if not self.settings.resume:
                 raise InputError(f"{self.out} holds a run already; resume it, or choose another folder")
-        elif self.out.exists() and {child.name for child in self.out.iterdir()} - {LOCK, "codec"}:
+        elif self.out.exists() and not all(_is_ours(child.name) for child in self.out.iterdir()):
             raise InputError(f"{self.out} is not empty and holds no run; choose another folder")
 
     def train(self, index: int, stop: StopSignals) -> None:
@@ -203,6 +204,11 @@ class _Run:
             return self.source.prompt_encoder
         name = (tokens.encoder_identity or "").partition(" ")[0]
         return name if name == "minilm" or "/" in name else None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of a folder without run.json was left by a run that ended while it began."""
+    return name in (LOCK, "codec") or name.startswith((".codec.saving-", ".codec.previous"))
 
 
 def fingerprint(tokens: Tokens, indices: NDArray[np.int64]) -> str:
