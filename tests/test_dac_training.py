@@ -116,7 +116,7 @@ def test_weights_come_from_the_generator_alone() -> None:
 
 
 def test_the_latents_scale_and_the_commitment_stay_bounded_over_100_quantised_steps() -> None:
-    run, crops, loss = new_run(), Crops(tones(), 1920, 0), ReconstructionLoss(RATE, SCALES)
+    run, crops, loss = new_run(), Crops(tones(), 1280, 0), ReconstructionLoss(RATE, SCALES)
     for step in range(10):
         train_step(run, crops.batch(2, step), loss, 2e-3, 0, quantised=False)
     training.begin_quantised(run, crops, 0)
@@ -252,7 +252,7 @@ def test_sounds_that_cannot_be_compared_are_refused(shapes: tuple[tuple[int, ...
 
 def test_the_reconstruction_falls_on_a_tiny_set() -> None:
     """Of sounds it is trained on, first without and then with quantiser."""
-    run, loss, crops = new_run(), ReconstructionLoss(RATE, SCALES), Crops(tones(), 1920, 0)
+    run, loss, crops = new_run(), ReconstructionLoss(RATE, SCALES), Crops(tones(), 1280, 0)
     probe = crops.batch(6, 0, purpose=9)
 
     def measure(quantised: bool) -> float:
@@ -395,7 +395,7 @@ def test_a_run_gives_a_codec_and_its_losses(clip_folder: Path, tmp_path: Path) -
     assert again == losses
 
 
-@pytest.mark.parametrize(("stop", "discriminator"), [(1, False), (3, False), (5, False), (5, True)])
+@pytest.mark.parametrize(("stop", "discriminator"), [(1, False), (3, False), (5, True)])
 def test_a_run_that_was_stopped_ends_with_the_same_weights(
     stop: int, discriminator: bool, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
