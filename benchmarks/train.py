@@ -283,8 +283,9 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"torch {torch.__version__} sees no CUDA device")
     names = arms.split(",")
-    if not set(names) <= set(ARMS) or len(set(names)) != len(names):
-        raise InputError(f"--arms must be different ones of {', '.join(ARMS)}, not {arms!r}")
+    known = ARMS if device == "cuda" else tuple(name for name in ARMS if name != "siren-plain")  # without siren.kernels
+    if not set(names) <= set(known) or len(set(names)) != len(names):
+        raise InputError(f"--arms must be different ones of {', '.join(known)}, not {arms!r}")
     kinds = (precision or ("bf16" if device == "cuda" else "fp32,bf16")).split(",")
     if not set(kinds) <= set(PRECISIONS):
         raise InputError(f"--precision must be of {', '.join(PRECISIONS)}, not {precision!r}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +21,12 @@ from siren import BackendError, InputError, MissingDependencyError, SirenConfig
 from siren import packed as packed_module
 from siren import row_operations as rows_module
 from siren.checkpoint import iter_tensors, read_manifest
+from siren.errors import SirenError
 from siren.expert import Expert
 from siren.packed import Packing, attend
 from siren.row_operations import linear_cross_entropy, short_attention, swiglu, unit_norm
 
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = {
     "dim": 12, "n_heads": 4, "n_kv_heads": 2, "spatial_layers": 2, "factorized_layers": 2, "prompt_dim": 5,
     "codebook_size": 16, "dac_code_dim": 3, "dac_feature_dim": 7, "ffn_multiple_of": 7, "max_seq_len": 600,
@@ -366,3 +370,50 @@ def test_what_cannot_run_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "siren.kernels.interpreter", None)
     with pytest.raises(MissingDependencyError, match=r"triton is not installed .*'siren\[triton\]'"):
         expert.loss_sums(*inputs, kernels=True)
+
+
+def test_the_naive_arm_is_the_official_step(golden_folder, golden, monkeypatch):
+    """benchmarks/naive_train.py computes the official code's losses, and gradients for the same parameters."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from naive_train import NaiveExpert, naive_loss
+
+    manifest = read_manifest(golden_folder)
+    batch = tuple(golden[name] for name in ("codes", "prompt", "prompt_mask", "sequence_mask"))
+    for index in (0, 4):
+        entry = manifest.experts[index]
+        model, expert = (kind(manifest.config, entry.start_codebook) for kind in (NaiveExpert, Expert))
+        model.load_state_dict(dict(iter_tensors(entry, manifest.config)))
+        loss = naive_loss(model, entry.start_codebook, batch)
+        torch.testing.assert_close(loss, golden["loss"][index].float().mean(), rtol=0, atol=1e-4)
+        loss.backward()
+        learn = {name for name, p in expert.named_parameters() if p.requires_grad}
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == learn
+
+
+def test_the_benchmark(tmp_path, monkeypatch, capsys):
+    """Every arm that a CPU has passes the gate and gets a row; a step that is wrong is not timed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import train
+
+    out = tmp_path / "train.json"
+    options = {"preset": "tiny", "narrow": 1, "batch": 2, "frames": 20, "rounds": 1, "threads": 1, "memory": False}
+    options |= {"precision": "fp32", "lengths": "2-6", "arms": "naive,siren,siren-checkpoint", "device": "cpu"}
+    train.run(**options, busy=True, out=out, picture=None)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["arm"] for row in rows] == options["arms"].split(",")
+    assert all(row["frames_per_second"] > 0 and len(row["parts"]) == 4 for row in rows)
+    assert capsys.readouterr().out.count("| siren") == 2
+    right = Expert.loss_sums
+    monkeypatch.setattr(Expert, "loss_sums", lambda *inputs, **named: right(*inputs, **named) * 1.001)
+    with pytest.raises(SirenError, match="the gate is red, nothing is timed: siren: errors"):
+        train.run(**options, busy=True, out=out, picture=None)
+    assert train.narrowed(SirenConfig(), 4).ffn_hidden == SirenConfig().ffn_hidden / 4
+    for change, message in (
+        ({"narrow": 3}, "cannot be divided by 3"),
+        ({"lengths": "7-6"}, "--lengths must be like 2-6 or 6"),
+        ({"arms": "fast"}, "--arms must be different ones of naive"),
+        ({"threads": 2}, "--busy counts the time of one thread"),
+        ({"frames": 33}, "takes at most 32 frames"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train.run(**options | change, busy=True, out=None, picture=None)
