@@ -378,7 +378,7 @@ def test_the_naive_arm_is_the_official_step(golden_folder, golden, monkeypatch):
     from naive_train import NaiveExpert, naive_loss
 
     manifest = read_manifest(golden_folder)
-    batch = tuple(golden[name] for name in ("codes", "prompt", "prompt_mask", "sequence_mask"))
+    batch = (golden["codes"].long(), *(golden[name] for name in ("prompt", "prompt_mask", "sequence_mask")))
     for index in (0, 4):
         entry = manifest.experts[index]
         model, expert = (kind(manifest.config, entry.start_codebook) for kind in (NaiveExpert, Expert))
