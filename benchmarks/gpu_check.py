@@ -7,8 +7,9 @@
 In this order, each within its share of the time that is left: build the package under build/gpu, with the CUDA engine
 for this GPU; csrc/cuda/microbench.cu, what the GPU gives; a tiny model on the CUDA engine, alone and then under
 compute-sanitizer, while each operation of that engine is compared with PyTorch and the tests of both GPU engines run;
-every Triton kernel's gate; the decode benchmark; the CUDA engine's timeline; every Triton kernel's times; the decode
-benchmark's compiled arm, which takes minutes to compile.
+every Triton kernel's gate; the decode benchmark; the CUDA engine's timeline; every Triton kernel's times; the training
+step with and without the kernels, its gradients against float64 first; the decode benchmark's compiled arm, which takes
+minutes to compile.
 Each step runs in processes of its own, as a kernel that is wrong can hang or break a process, and is ended with all of
 them when its time is up. One JSON file holds all results and is written as they come. compute-sanitizer is too slow for
 the Triton kernels in that run: with --sanitize memcheck and then racecheck have all of the time, after the build.
@@ -49,6 +50,7 @@ TESTS = ["cuda_engine", "cuda_compile", *STEMS, "gumbel_noise", "checks", "trito
 DECODE_ARMS = "naive-bf16,graph-bf16,triton-bf16,triton-int8"
 CUDA_ARMS = "cuda-bf16,cuda-int8"
 COMPILE_ARMS = "compile-bf16,graph-bf16"
+TRAIN_ARMS = "naive,siren-plain,siren"
 SANITIZED = ("memcheck", "racecheck")
 OPERATIONS = (
     "--weights bf16 --batch 2",
@@ -297,6 +299,18 @@ def timeline(check: Check, limit: float) -> None:
 
 
 def decode_of(check: Check, limit: float, part: str, names: str, batches: str, *options: str) -> None:
+    words = ["--device", "cuda", "--batch", batches, "--arms", names, *options]
+    rows_of(check, limit, part, [BENCHMARKS / "decode.py", *words])
+
+
+def training(check: Check, limit: float) -> None:
+    """One expert of 1.6B in bfloat16: losses and gradients of every arm against float64, and then their steps."""
+    words = ["--device", "cuda", "--arms", TRAIN_ARMS, "--rounds", "3", "--no-memory"]
+    rows_of(check, limit, "train", [BENCHMARKS / "train.py", *words])
+
+
+def rows_of(check: Check, limit: float, part: str, words: Sequence[object]) -> None:
+    """A benchmark that writes rows to --out as it comes by them; none is red."""
     path = check.folder / f"{part}.json"
     check.result["parts"][part] = {"rows": []}
 
@@ -305,18 +319,7 @@ def decode_of(check: Check, limit: float, part: str, names: str, batches: str, *
             check.result["parts"][part] = found
             check.save()
 
-    words = [
-        sys.executable,
-        BENCHMARKS / "decode.py",
-        "--device",
-        "cuda",
-        "--batch",
-        batches,
-        "--arms",
-        names,
-        *options,
-    ]
-    code, output = check.run(part, [*words, "--out", path], limit, heard)
+    code, output = check.run(part, [sys.executable, *words, "--out", path], limit, heard)
     print(output[-6000:], flush=True)
     if code != 0 or not check.result["parts"][part]["rows"]:
         check.red(f"{part}: {_end(code, output)}")
@@ -427,6 +430,7 @@ def main() -> None:
         ("decode", 11, decode),
         ("timeline", 3, timeline),
         ("times", 3, lambda check, limit: kernels(check, limit, "times", sizes)),
+        ("train", 5, training),
         ("decode-compile", 3, lambda check, limit: decode_of(check, limit, "decode-compile", COMPILE_ARMS, "1")),
     ]
     if options.sanitize:

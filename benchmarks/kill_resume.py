@@ -168,7 +168,7 @@ def run(points: int = 50, seed: int = 0, folder: Path | None = None) -> None:
     """Kill `points` times at times drawn from `seed`; work in `folder`, by default a temporary one."""
     torch.optim.AdamW([torch.zeros(1)])  # imports much, once for all processes
     root = Path(tempfile.mkdtemp()) if folder is None else folder
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     data, rng = make_data(root), np.random.default_rng(seed)
     whole, again = root / "whole", root / "again"
     for out in (whole, again):  # the first one's time is that of cold caches

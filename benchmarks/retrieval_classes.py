@@ -1,7 +1,8 @@
 """The 20 prompt classes of benchmarks/retrieval.py: each a label of the two offline data sets and a prompt for it.
 
 Chosen before any model was scored: labels with at least four clips that sound alike, whose real and coded clips the
-embedding tells apart from those of the other classes. Few prompts are captions of the data sets word for word.
+embedding tells apart from those of the other classes. So a high score of real clips is no finding, it was asked for.
+All classes are of the training data. Prompts are other words than its captions; the report names those that are not.
 """
 
 from __future__ import annotations

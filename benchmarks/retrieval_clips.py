@@ -78,6 +78,17 @@ def add_noise(wave: npt.NDArray[np.float32], level: float) -> npt.NDArray[np.flo
     return wave / (np.abs(wave).max() or 1) + np.float32(level) * noise
 
 
+def is_silent(wave: npt.NDArray[np.float32]) -> bool:
+    """Whether all samples of a sound [S] are 0 once it is a 16-bit file."""
+    return float(np.abs(wave).max()) < 0.5 / 32767
+
+
+def unpadded(wave: npt.NDArray[np.float32]) -> int:
+    """Samples of a sound [S] without the zeros at its end, at least 1."""
+    sounding = np.flatnonzero(wave)
+    return int(sounding[-1]) + 1 if len(sounding) else 1
+
+
 @torch.inference_mode()
 def reconstruct(codec: siren.Codec, waves: Sequence[npt.NDArray[np.float32]]) -> list[npt.NDArray[np.float32]]:
     """What the codec makes of each clip, of the same length."""

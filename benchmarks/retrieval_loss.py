@@ -14,7 +14,7 @@ from siren.data.official import OfficialTokens
 from siren.data.tokens import TokenSet, split
 from siren.errors import InputError
 
-_FRAMES = 300  # 6 s, as long as a crop in training
+_FRAMES = 300  # 6 s, the default crop of `siren train`
 _BATCH = 16
 _MOST = 512  # clips
 

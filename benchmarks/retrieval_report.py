@@ -27,24 +27,42 @@ def report(value: dict[str, Any]) -> str:
         f"temperature {options['temperature']:g}, top-k {options['top_k']}, top-p {options['top_p']:g}, guidance "
         f"{options['guidance_scale']:g}, seeds from {options['first_seed']}. Prototypes of {value['references']} real "
         f"clips; {value['held_out_queries']} of the {retrieval['real']['sounds']} real queries were held out from "
-        f"training, the others only from their prototype. Noise of {20 * math.log10(value['noise']):.0f} dB. "
+        f"training (--val-fraction {options['val_fraction']:g}), the others only from their prototype. "
+        f"Noise of {20 * math.log10(value['noise']):.0f} dB. "
+    )
+    about_classes = (
+        f"All classes are of the training data, {_synthetic(classes)}, and were chosen so that the embedding tells "
+        "their real and coded clips apart; the codec may have been fitted to any clip. Prompts that are captions of "
+        f"the data word for word: {', '.join(value['prompts_that_are_captions']) or 'none'}. "
+        f"Silent sounds among the generated, which are misses: {value['silent']}."
+    )
+    intervals = (
+        "Intervals are Wilson's. For these prompts every sound is a trial; for such prompts all sounds of one are a "
+        "single trial, because they succeed and fail together."
     )
     lines = [
         f"{about_sounds}Embedding {about['embedding'][:32]}..., {about['date'][:10]}, commit {about['commit']}.",
         "",
-        "| Sounds | Own class first | 95% interval | Prompts shuffled | Similarity, own class | other classes | AUC |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        about_classes,
+        "",
+        "| Sounds | Own class first | 95%, these prompts | 95%, such prompts | Shuffled | Own class | Others | AUC |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, end in (("retrieval", ""), ("retrieval_without_noise", ", without the noise")):
         for kind, title in _KINDS.items():
             row = value[name][kind]
-            low, high = row["interval"]
+            these, such = ("{:.2f} to {:.2f}".format(*row[key]) for key in ("interval", "interval_by_class"))
             lines.append(
-                f"| {title}{end} | {row['hits']} of {row['sounds']} ({row['top1']:.2f}) | {low:.2f} to {high:.2f} | "
+                f"| {title}{end} | {row['hits']} of {row['sounds']} ({row['top1']:.2f}) | {these} | {such} | "
                 f"{row['shuffled']['top1']:.2f}, at most {row['shuffled']['largest']:.2f} | {row['own']:.3f} | "
                 f"{row['other']:.3f} | {row['auc']:.3f} |"
             )
-    lines += ["", "| Class | Prompt | Real | Codec | Generated |", "| --- | --- | ---: | ---: | ---: |"]
+    lines += [
+        "",
+        f"{intervals} Shuffled: each class gets the prompt of another. Own class and Others: mean similarities.",
+        "",
+    ]
+    lines += ["| Class | Prompt | Real | Codec | Generated |", "| --- | --- | ---: | ---: | ---: |"]
     for kind in classes:
         shares = ("{} of {}".format(*retrieval[name]["classes"][kind["label"]]) for name in _KINDS)
         lines.append(f"| {kind['label']} ({kind['source']}) | {kind['prompt']} | {' | '.join(shares)} |")
@@ -55,6 +73,10 @@ def report(value: dict[str, Any]) -> str:
     if "loss" in value:
         lines += ["", *_losses(value["loss"])]
     return "\n".join(lines) + "\n"
+
+
+def _synthetic(classes: Sequence[dict[str, Any]]) -> str:
+    return f"{sum(kind['source'] == 'procedural' for kind in classes)} of {len(classes)} synthetic sound"
 
 
 def _losses(loss: dict[str, Any]) -> list[str]:

@@ -17,8 +17,8 @@ _PERMUTATIONS = 2000
 _Z = 1.959964  # of a 95% interval
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95% score interval of a proportion."""
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion; successes need not be whole."""
     if not 0 <= successes <= trials or trials < 1:
         raise InputError(f"{successes} successes of {trials} trials is no proportion")
     share, z2 = successes / trials, _Z * _Z
@@ -61,25 +61,29 @@ class Prototypes:
 def score(similarities: Array, labels: Sequence[int], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Top-1 retrieval of the prompt's class from `similarities` [N, classes], and how far it is from chance.
 
-    `own` and `other` are the mean similarities to the own class and to the others; `auc` is the share of pairs (own,
-    other) of a sound in which own is larger. For `shuffled` the prompts of all sounds change places at random 2,000
-    times: the mean accuracy, its largest, and `p`, the share of shuffles (this order among them) that score as well.
+    A sound whose two nearest classes tie is a miss. Sounds of one class succeed and fail together, so `interval`, in
+    which each sound is a trial, is one for these classes only; `interval_by_class`, in which the sounds of a class
+    together are one trial, is for others like them. `own` and `other` are the mean similarities to the own class and to
+    the others; `auc` is the share of pairs (own, other) of a sound in which own is larger. For `shuffled` the classes
+    change prompts at random 2,000 times, the sounds of each together: the mean accuracy, its largest, and `p`, the
+    share of shuffles (this order among them) that score as well.
     """
     wanted = np.asarray(labels)
-    found = similarities.argmax(axis=1)
+    best = similarities.max(axis=1, keepdims=True)
+    found = np.where((similarities == best).sum(axis=1) == 1, similarities.argmax(axis=1), -1)
     hits = int((found == wanted).sum())
     mine = np.zeros(similarities.shape, dtype=bool)
     mine[np.arange(len(wanted)), wanted] = True
     own, other = similarities[mine], similarities[~mine].reshape(len(wanted), -1)
     rng = np.random.default_rng(seed)
-    shuffled = np.array([(found == rng.permutation(wanted)).mean() for _ in range(_PERMUTATIONS)])
-    low, high = wilson(hits, len(wanted))
-    confusions = Counter((names[w], names[f]) for w, f in zip(wanted, found, strict=True) if w != f)
+    shuffled = np.array([(found == rng.permutation(len(names))[wanted]).mean() for _ in range(_PERMUTATIONS)])
+    confusions = Counter((names[w], [*names, "none"][f]) for w, f in zip(wanted, found, strict=True) if w != f)
     return {
         "sounds": len(wanted),
         "hits": hits,
         "top1": hits / len(wanted),
-        "interval": [low, high],
+        "interval": list(wilson(hits, len(wanted))),
+        "interval_by_class": list(wilson(hits / len(wanted) * len(names), len(names))),
         "own": float(own.mean()),
         "other": float(other.mean()),
         "auc": float((own[:, None] > other).mean() + 0.5 * (own[:, None] == other).mean()),
@@ -96,6 +100,6 @@ def score(similarities: Array, labels: Sequence[int], names: Sequence[str], seed
 
 
 def _unit(rows: npt.ArrayLike) -> Array:
-    """Rows scaled to length 1; a row of zeros (a silent sound may give one) stays."""
+    """Rows scaled to length 1; a row of zeros, which stands for a silent sound, stays."""
     values = np.asarray(rows, dtype=np.float64)
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)

@@ -8,10 +8,11 @@ A step is all of it: forward, backward, clipping and AdamW, with the preset's dr
 already. What counts is a valid frame, one that carries a loss (20 ms of sound, 12 codes). Batches hold crops of at most
 6 s with the padding that clips of different lengths bring: "2-6" are clips of 2 to 6 s, uniformly, "6" has no padding.
 
-A gate comes first, without dropout: losses and all gradients of every arm against float64; nothing is timed where an
-arm's error is more than twice that of the naive arm. Then rounds, one step of every arm each, so that the machine's
-noise hits all alike; the first warms up and is dropped. Memory is measured in a fresh process for each arm: on a CPU
-the most private memory over what there was before the model, on a GPU the most that PyTorch allocated.
+A gate comes first, without dropout: losses and all gradients of the siren arms against float64; nothing is timed where
+an error is more than twice that of the naive arm. The compile arm, the naive one's own code, is not gated. Then rounds,
+one step of every arm each, so that the machine's noise hits all alike; the first warms up and is dropped. Memory is
+measured in a fresh process for each arm: on a CPU the most private memory over what there was before the model, on a
+GPU the most that PyTorch allocated.
 
 On the CPU the width is divided by four (dim, heads, SwiGLU, prompt and codec latent), with the depth, head size,
 codebooks, dropout and crops of the real size, and 8 crops a batch for 24: a step then takes seconds. The codebooks'

@@ -17,7 +17,8 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=%x-%A-%a.log
 
-# --signal=TERM@120 goes to the steps of the job (srun), 120 seconds before the limit: time to save a state.
+# --signal=TERM@120 goes to the steps of the job (srun), 120 seconds before the limit: time to save a state. torchrun
+# kills its processes 30 seconds after it; newer versions wait longer with --shutdown-timeout=100.
 set -euo pipefail
 tokens=$1 codec=$2 run=$3
 

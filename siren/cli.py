@@ -36,9 +36,15 @@ def generate(
     model: Annotated[str, typer.Option(help="Checkpoint folder.")] = MINI,
     seconds: Annotated[float | None, typer.Option(help="Length of a clip; by default the model's, else 6.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same sound; clip i gets seed + i.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="0: always the most probable code; 1 by default.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k most probable codes; 0: from all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the most probable that together reach p.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the most probable code; by default the model's, else 1.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the k most probable codes; 0: all; by default the model's.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the most probable that reach p; by default the model's.")
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Above 1: follow the prompt more closely; by default the model's, else 1.")
     ] = None,
@@ -171,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch's is a RuntimeError
             _fail("not enough memory: ask for fewer or shorter clips, or use a smaller --batch-size or model")
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~ and no such user
+            _fail(f"a path begins with ~ of a user that does not exist ({error})")
         if not hasattr(error, "format_message"):  # click's errors of usage; typer may carry a click of its own
             raise
         _fail(error.format_message())

@@ -51,14 +51,14 @@ def generate(
     """One clip of `seconds` for each prompt, or `num_return_sequences` for each, those of one prompt side by side.
 
     `model` is a `siren.Siren`, whose sampler is made at the first call with `backend`, `weights` and `threads` and kept
-    until its parameters change; or a `Manifest`, whose weights are read after all checks; or a `siren.Sampler`. (A
-    change made through `parameter.data` is seen by a sample of 64 values of each parameter: one that touches only other
-    values is missed.) `codec` and `encoder` default to those the checkpoint carries or names. An integer seed s gives
-    clip i the seed s + i, a list gives one for each clip. Up to `batch_size` clips (1 to 64) are decoded together; it
-    sets speed and memory, never the sound. Where seconds, temperature, top_k, top_p or guidance_scale is None, it is
-    what the checkpoint says of itself, or else 6 s, 1, 0, 1 and 1: plain sampling. `progress` shows a bar on stderr;
-    on_frame(done, total) is called after each frame. Raises InputError before anything is sampled, SamplingError naming
-    the clip if the logits are not finite.
+    until its parameters change; or a `Manifest`, whose weights are read after all checks; or a `siren.Sampler`, which
+    knows nothing of its checkpoint but the weights. (A change made through `parameter.data` is seen by a sample of 64
+    values of each parameter: one that touches only other values is missed.) `codec` and `encoder` default to those the
+    checkpoint carries or names. An integer seed s gives clip i the seed s + i, a list gives one for each clip. Up to
+    `batch_size` clips (1 to 64) are decoded together; it sets speed and memory, never the sound. Where seconds,
+    temperature, top_k, top_p or guidance_scale is None, it is what the checkpoint says of itself, or else 6 s, 1, 0, 1
+    and 1: plain sampling. `progress` shows a bar on stderr; on_frame(done, total) is called after each frame. Raises
+    InputError before anything is sampled, SamplingError naming the clip if the logits are not finite.
     """
     check_whole("num_return_sequences", num_return_sequences, MAX_CLIPS)
     check_whole("batch_size", batch_size, MAX_BATCH)

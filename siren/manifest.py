@@ -22,13 +22,8 @@ from typing import Any
 from .config import SirenConfig
 from .errors import CheckpointError, ConfigError
 
-GENERATION = {
-    "seconds": 6.0,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "guidance_scale": 1.0,
-}  # where none say more
+# Used where neither the caller nor the checkpoint says otherwise.
+GENERATION = {"seconds": 6.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
 MINI = "siren-mini"  # the name of the model that comes with the package
 _MINI_FOLDER = Path(__file__).parent / "models" / MINI
 JSON_LIMIT = 4 << 20  # bytes; the largest model the config allows needs an eighth of it

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import MissingDependencyError
+from .mel import hertz_to_mel, mel_to_hertz
 
 _WINDOW = 1024  # samples
 _COLUMNS = 1200  # about as many spectra as the picture has pixels for
@@ -31,7 +32,7 @@ def mel_spectrogram(wave: npt.NDArray[np.float32], sample_rate: int, hop: int) -
     starts = np.arange(0, len(wave), hop)
     window = np.hanning(_WINDOW + 1)[:-1]
     power = np.stack([np.abs(np.fft.rfft(window * padded[s : s + _WINDOW])) ** 2 for s in starts], axis=1)
-    edges = 700 * (10 ** (np.linspace(0, _mel(sample_rate / 2), _BANDS + 2) / 2595) - 1)
+    edges = mel_to_hertz(np.linspace(0, _mel(sample_rate / 2), _BANDS + 2))
     bins = np.linspace(0, sample_rate / 2, _WINDOW // 2 + 1)
     # Low bands are narrower than one bin: widening each to a bin on either side keeps them from being empty.
     width = np.maximum(np.diff(edges), bins[1])
@@ -43,7 +44,7 @@ def mel_spectrogram(wave: npt.NDArray[np.float32], sample_rate: int, hop: int) -
 
 
 def _mel(hertz: float) -> float:
-    return float(2595 * np.log10(1 + hertz / 700))
+    return float(hertz_to_mel(hertz))
 
 
 def draw_picture(wave: npt.NDArray[np.float32], sample_rate: int, title: str) -> bytes:

@@ -183,13 +183,15 @@ def _probabilities(q: Tensor, k: Tensor, s: int) -> Tensor:
 def short_attention(qkv: Tensor, n_heads: int, n_kv_heads: int, dropout: float, kernels: bool) -> Tensor:
     """Causal attention within frames of a few positions: [N, S, [q | k | v]] -> [N, S, n_heads * head_dim].
 
-    The kernel knows no dropout; with it PyTorch computes.
+    The kernel knows no dropout, nor more positions and wider heads than any preset has; there PyTorch computes.
     """
+    rows, positions, width = qkv.shape
     if kernels and not dropout:
+        from .kernels.short_attention import MAX_HEAD_DIM, MAX_POSITIONS
         from .kernels.short_attention import short_attention as kernel
 
-        return kernel(qkv, n_heads, n_kv_heads)
-    rows, positions, _ = qkv.shape
+        if positions <= MAX_POSITIONS and width <= (n_heads + 2 * n_kv_heads) * MAX_HEAD_DIM:
+            return kernel(qkv, n_heads, n_kv_heads)
     if qkv.device.type != "cpu":
         heads = qkv.unflatten(-1, (n_heads + 2 * n_kv_heads, -1)).transpose(1, 2)
         q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), 1)

@@ -35,9 +35,11 @@ def train_spectral(
     out = Path(out).expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists; choose another folder for the codec")
+    config = SpectralConfig(sampling_rate=SAMPLE_RATE)
+    _check_arguments(config, max_frames, iterations, seed)
     clips = read_clips(sources, progress)
     sounds = (torch.from_numpy(clip).float() / 32767 for clip in clips)
-    codec = fit_spectral(sounds, SpectralConfig(sampling_rate=SAMPLE_RATE), max_frames, iterations, seed, progress)
+    codec = fit_spectral(sounds, config, max_frames, iterations, seed, progress)
     codec.save_pretrained(out)
     return codec
 
@@ -58,10 +60,8 @@ def fit_spectral(
     At most `max_frames` frames are used, drawn by `seed`. The same sounds and arguments give the same codec. Raises
     InputError if there are fewer frames than codes.
     """
-    for name, value in (("max_frames", max_frames), ("iterations", iterations)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
     config = config or SpectralConfig()
+    _check_arguments(config, max_frames, iterations, seed)
     model = SpectralModel(config)
     generator = torch.Generator().manual_seed(seed)
     residual = _sample(_frames(model, waveforms), max_frames, config.floor, generator)
@@ -79,6 +79,14 @@ def fit_spectral(
         residual -= stage.look_up(stage.nearest(residual))
         stages.set_postfix(rms=f"{residual.square().mean().sqrt():.3f}")
     return Codec(model)
+
+
+def _check_arguments(config: SpectralConfig, max_frames: int, iterations: int, seed: int) -> None:
+    for name, value, least in (("max_frames", max_frames, config.codebook_size), ("iterations", iterations, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+        raise InputError(f"seed must be a whole number from 0 to 2^32 - 1, not {seed!r}")
 
 
 def _frames(model: SpectralModel, waveforms: Iterable[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ CLEAN = {
     "Café crowd chatter": "café crowd chatter",
     "A van drives by": "a van drives by",
     "Wasser": "wasser",
+    "air_conditioner": "air conditioner",
     # and keep what only looks like boilerplate or mood
     "A dial tone is heard": "a dial tone",
     "A car stereo plays music": "a car stereo plays music",
@@ -36,6 +37,7 @@ CLEAN = {
     "The recording begins with a loud bang, and footsteps can be heard": "a loud bang, and footsteps",
     "1. A cat hisses": "a cat hisses",
     "- **A cat** hisses": "a cat hisses",
+    "A __cat__ hisses|purrs": "a cat hisses purrs",
     "“A cat hisses.”": "a cat hisses",
     "Caption 2: a cat hisses": "a cat hisses",
     # moods and opinions

@@ -85,3 +85,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert message in fails(capfd, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "tokenize", "~no-such-user/clips", "--out", "tokens", "--codec", "codec"],
+        ["data", "procedural", "~no-such-user/clips"],
+        ["train", "~no-such-user/tokens", "--out", "run", "--config", "tiny"],
+    ],
+)
+def test_a_home_that_nobody_has(capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert "~ of a user that does not exist" in fails(capfd, *words)

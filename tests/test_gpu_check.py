@@ -356,7 +356,7 @@ def test_test_results_are_counted(load: Any, check: Any, monkeypatch: pytest.Mon
     slow = "import time\n\ndef test_one():\n    pass\n\ndef test_slow():\n    time.sleep(60)\n"
     (tmp_path / "tests" / "test_slow.py").write_text(slow)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    for names, limit in ((["mixed"], 60), (["good", "missing"], 60), (["slow"], 4)):
+    for names, limit in ((["mixed"], 300), (["good", "missing"], 300), (["slow"], 4)):
         monkeypatch.setattr(gpu_check, "TESTS", names)
         gpu_check.tests(check, limit)
         monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)  # xdist takes longer to start
@@ -389,18 +389,33 @@ def test_what_was_not_timed_is_red_and_what_was_read_stays(
     load: Any, check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     gpu_check = load("gpu_check")
-    for name in ("kernel_times.py", "decode.py"):
+    for name in ("kernel_times.py", "decode.py", "train.py"):
         (tmp_path / name).write_text(STANDS_FOR_A_BENCHMARK)
     monkeypatch.setattr(gpu_check, "BENCHMARKS", tmp_path)
     check.stems = ["s"]
     gpu_check.kernels(check, 20, "times", [])
     assert check.result["red"] == ["times: no time for s: k and what follows"]
     gpu_check.decode_of(check, 20, "decode", "naive-bf16", "1")
+    gpu_check.training(check, 20)
     parts = check.result["parts"]
-    assert len(parts["times"]["s"]["rows"]) == len(parts["decode"]["rows"]) == 1
+    assert len(parts["times"]["s"]["rows"]) == len(parts["decode"]["rows"]) == len(parts["train"]["rows"]) == 1
     (tmp_path / "decode.py").write_text("")  # ends well and has timed nothing
     gpu_check.decode_of(check, 20, "decode", "naive-bf16", "1")
-    assert check.result["red"][1:] == ["decode: exit code 0: no output"]
+    (tmp_path / "train.py").write_text("raise SystemExit('error: the gate is red')")
+    gpu_check.training(check, 20)
+    assert check.result["red"][1:] == ["decode: exit code 0: no output", "train: exit code 1: error: the gate is red"]
+
+
+@no_gpu
+def test_the_training_step_is_asked_for_in_words_that_it_knows(
+    load: Any, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The benchmark takes the command line up to where it looks for a GPU, and knows the arms."""
+    gpu_check = load("gpu_check")
+    monkeypatch.setattr(gpu_check, "LIBRARY", FOLDER.parent)
+    gpu_check.training(check, 120)
+    assert check.result["red"] == [f"train: exit code 2: error: torch {torch.__version__} sees no CUDA device"]
+    assert set(gpu_check.TRAIN_ARMS.split(",")) <= set(load("train").ARMS)
 
 
 def test_sanitizers_that_do_not_finish_are_red(

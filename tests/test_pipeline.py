@@ -438,6 +438,49 @@ def test_altered_shard_is_made_again(source: Path, wanted: dict[str, bytes], tmp
     assert contents(out) == wanted
 
 
+@pytest.mark.parametrize("data", [None, b"", b"x"])
+def test_a_finished_set_that_was_altered_is_not_done(
+    source: Path, wanted: dict[str, bytes], tmp_path: Path, data: bytes | None
+) -> None:
+    """Training says of such a set: tokenize again. Then that must help."""
+    out = tmp_path / "tokens"
+    run(source, out)
+    path = out / "shard-00001.safetensors"
+    path.unlink()  # not written to: it may share its bytes
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors, which is missing or was altered; overwrite it"):
+        run(source, out)
+    run(source, out, overwrite=True)
+    assert contents(out) == wanted
+
+
+def test_other_unfinished_work_stays(source: Path, tmp_path: Path) -> None:
+    """Neither a finished set nor overwriting deletes an unfinished run of other settings, or what is none."""
+    out, partial = tmp_path / "tokens", tmp_path / ".tokens.partial"
+    run(source, out)
+    assert killed_runs(lambda: run(source, out, overwrite=True, seconds=0.4), tmp_path, 14) == -signal.SIGKILL
+    before = contents(partial)
+    assert "shard-00000.json" in before
+    assert run(source, out).resumed == 7 and contents(partial) == before
+    (partial / "job.json").unlink()
+    with pytest.raises(DataError, match=r"\.tokens\.partial is in the way"):
+        run(source, out, overwrite=True, seconds=0.3)
+    assert run(source, out).resumed == 7
+    assert contents(partial).keys() == before.keys() - {"job.json"}
+
+
+def test_a_name_longer_than_any_file_is_a_missing_sound(tmp_path: Path) -> None:
+    lines = [{"id": "good", "caption": "a burst", "sound": burst(0.3)}, {"id": "long", "sound": None}]
+    folder = clip_folder(tmp_path / "clips", [lines[0], lines[1] | {"audio": "x" * 300}])
+    assert run(folder, tmp_path / "tokens").dropped == {"unreadable": 1}
+
+
+def test_a_model_that_cannot_be_sent_to_workers(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be sent to other processes .* or use one worker"):
+        run(source, tmp_path / "tokens", captioner=lambda waves, rate: [["a"] for _ in waves], workers=2)
+
+
 def test_targets_that_are_not_replaced(source: Path, tmp_path: Path) -> None:
     """Files and folders of the user's stay, whether or not overwriting was asked for."""
     (tmp_path / "file").write_text("mine")

@@ -332,4 +332,5 @@ def test_an_unfinished_run_of_other_arguments_is_refused(tmp_path: Path, monkeyp
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     (tmp_path / "sounds").mkdir()
-    assert make_procedural(tmp_path / "sounds", 1, seconds=1.0, workers=1) == {CLASSES[0]: 1}
+    assert make_procedural(tmp_path / "sounds", 1, seed=1234567, seconds=1.0, workers=1) == {CLASSES[0]: 1}
+    assert read_clip_folder(tmp_path / "sounds")[0].source == "procedural sound, seed 1234567"  # all of its digits

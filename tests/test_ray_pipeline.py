@@ -10,7 +10,7 @@ import pytest
 from fake_data import FakeCodec, FakeEncoder, contents, plain_clips
 
 from siren.data import tokenize
-from siren.errors import MissingDependencyError
+from siren.errors import MissingDependencyError, SirenError
 
 
 def run(source: Path, out: Path, **changed: Any) -> None:
@@ -35,6 +35,19 @@ def test_same_shards_on_local_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     finally:
         ray.shutdown()
     assert contents(tmp_path / "tokens") == contents(tmp_path / "wanted")
+
+
+def test_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that is not there is one clear error."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'siren[ray]'")
+    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'siren[ray]'")
+
+    def fail(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(SirenError, match=r"Ray failed .*not find any running Ray instance.*run the same command again"):
+        run(plain_clips(tmp_path / "clips", 1), tmp_path / "tokens", ray=True)
 
 
 def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

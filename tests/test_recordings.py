@@ -181,6 +181,7 @@ def test_clips_of_unpacked_packages(tmp_path: Path, unpacked: Path) -> None:
     """16 kHz mono FLAC in the table's order with captions, licence and source; the rest counted."""
     made = make_recordings(tmp_path / "out", unpacked, progress=False)
     assert made.clips == 5 and made.dropped == DROPPED
+    assert str(made).startswith("5 clips, 0.2 minutes (dropped: 2 row without a file in the package, 1 same as")
     assert made.seconds == pytest.approx(0.301 + 0.3 + 10 + 0.5 + 0.7, abs=0.001)
     clips = read_clip_folder(tmp_path / "out")
     names = ["bells-data-bell-1", "bells-data-bell-2", "bells-data-long", "bells-data-loud", "dogs-1-2-data-dog"]

@@ -16,14 +16,15 @@ from siren.errors import InputError
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from retrieval import measure, pick_classes
+from retrieval import check_files, known_prompts, measure, pick_classes
 from retrieval_classes import CLASSES, PromptClass
-from retrieval_clips import Selection, add_noise, is_held_out, read_waves, reconstruct, select
+from retrieval_clips import Selection, add_noise, is_held_out, is_silent, read_waves, reconstruct, select, unpadded
 from retrieval_loss import held_out_loss, other_clip
 from retrieval_report import draw_grid, report
 from retrieval_scores import Prototypes, score, wilson
 
 import siren
+from siren.codec_error import log_mel_distance
 from siren.data.clips import ClipRecord
 from siren.data.tokens import split
 
@@ -58,7 +59,7 @@ def test_prototypes_leave_the_query_out() -> None:
 
 
 def test_score_by_hand() -> None:
-    """Three sounds of three classes: one right, one wrong, one whose own class ties with another in the AUC."""
+    """Three sounds of three classes: one right, one wrong, one whose own class ties with another, which is a miss."""
     similarities = np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.1, 0.5, 0.5]])
     got = score(similarities, [0, 1, 2], ["x", "y", "z"])
     assert (got["hits"], got["sounds"]) == (1, 3)
@@ -66,7 +67,20 @@ def test_score_by_hand() -> None:
     assert got["other"] == pytest.approx((0.1 + 0.2 + 0.8 + 0.1 + 0.1 + 0.5) / 6)
     assert got["auc"] == pytest.approx((2 + 1 + 1.5) / 6)
     assert got["classes"] == {"x": [1, 1], "y": [0, 1], "z": [0, 1]}
-    assert sorted(got["confusions"]) == [["y", "x", 1], ["z", "y", 1]]
+    assert sorted(got["confusions"]) == [["y", "x", 1], ["z", "none", 1]]
+    silent = score(np.zeros((4, 2)), [0, 0, 1, 1], ["x", "y"])  # near to no class, also not to the first
+    assert silent["hits"] == 0 and silent["auc"] == 0.5
+
+
+def test_sounds_of_a_class_are_one_trial() -> None:
+    """25 equal sounds of each of 4 classes, two of which are taken for one another, say no more than 4 sounds do."""
+    similarities, labels = np.eye(4)[[0, 1, 3, 2]], [0, 1, 2, 3]
+    names = ["a", "b", "c", "d"]
+    one, many = score(similarities, labels, names), score(similarities.repeat(25, axis=0), np.repeat(labels, 25), names)
+    assert many["interval_by_class"] == one["interval_by_class"] == one["interval"] == list(wilson(2, 4))
+    assert many["interval"] == list(wilson(50, 100))
+    assert many["shuffled"] == one["shuffled"]
+    assert many["shuffled"]["p"] == pytest.approx(7 / 24, abs=0.04)  # orders of 4 that leave two or more in place
 
 
 def test_score_of_chance_and_of_a_perfect_match() -> None:
@@ -203,6 +217,7 @@ def test_measure(tmp_path: Path) -> None:
     """
     soundfile = pytest.importorskip("soundfile")
     chosen = [PromptClass(name, f"a {name} tone", "procedural") for name in ("low", "middle", "high")]
+    sounding = 5000  # samples of a real clip; the rest of its 8000 is padding
 
     def tone(kind: int, variant: int) -> np.ndarray:
         hertz = (300, 900, 2700)[kind] * (1 + 0.01 * variant)
@@ -212,7 +227,7 @@ def test_measure(tmp_path: Path) -> None:
     for kind, wanted in enumerate(chosen):
         clips = records(6, wanted.label, tmp_path)
         for variant, clip in enumerate(clips):
-            soundfile.write(clip.path, tone(kind, variant), 16000, subtype="FLOAT")
+            soundfile.write(clip.path, tone(kind, variant)[:sounding], 16000, subtype="FLOAT")
         selections.append(Selection(clips[:5], clips[4 - kind :], 1))  # of uneven numbers; some are references too
 
     class Events:
@@ -238,13 +253,26 @@ def test_measure(tmp_path: Path) -> None:
     assert value["retrieval"]["codec"]["hits"] == 9
     assert value["retrieval"]["generated"]["classes"] == {"low": [2, 2], "middle": [1, 2], "high": [1, 2]}
     assert sorted(value["retrieval"]["generated"]["confusions"]) == [["high", "low", 1], ["middle", "high", 1]]
-    assert 0.1 < value["codec_log_mel_db"]["median"] < 6.03  # most bands of a tone are at the floor before and after
+    clips = [tone(kind, variant)[:sounding] for kind in range(3) for variant in range(4 - kind, 6)]
+    wanted = [log_mel_distance(*map(torch.from_numpy, (clip, clip / 2)), 16000) for clip in clips]
+    assert value["codec_log_mel_db"]["mean"] == pytest.approx(np.mean(wanted), rel=1e-5)  # the padding does not count
+    assert value["silent"] == 0
     plain = value["retrieval_without_noise"]  # this embedding hardly hears the noise, but it is there
     assert plain["real"]["hits"] == 9 and plain["real"]["own"] != value["retrieval"]["real"]["own"]
     for kind, (real, coded, generated) in enumerate(examples):
-        np.testing.assert_array_equal(real, tone(kind, 4 - kind))
+        np.testing.assert_array_equal(real, np.pad(tone(kind, 4 - kind)[:sounding], (0, 8000 - sounding)))
         np.testing.assert_array_equal(coded, real / 2)
         np.testing.assert_array_equal(generated, made[2 * kind])
+
+    # The noise that silence gets is near to something, here to the low tone; it is a miss all the same.
+    made[0] = np.zeros_like(made[0])
+    made[1] = np.full_like(made[1], 1e-5)  # nothing in a 16-bit file
+    audio = siren.Audio(torch.from_numpy(np.stack(made))[:, None], 16000, torch.zeros(6, 12, 25, dtype=torch.int64))
+    value, _ = measure(chosen, selections, Codec(), Events(), audio, 2)
+    assert value["silent"] == 2
+    for name in ("retrieval", "retrieval_without_noise"):
+        assert value[name]["generated"]["classes"] == {"low": [0, 2], "middle": [1, 2], "high": [1, 2]}
+        assert ["low", "none", 2] in value[name]["generated"]["confusions"]
 
 
 def test_noise() -> None:
@@ -262,6 +290,29 @@ def test_picked_classes() -> None:
     assert pick_classes(f"{CLASSES[3].label}, {CLASSES[0].label}") == [CLASSES[3], CLASSES[0]]
     with pytest.raises(InputError, match="no class 'nothing'; there are"):
         pick_classes(f"{CLASSES[3].label},nothing")
+    for labels in ("rain", "rain,wolf,rain"):
+        with pytest.raises(InputError, match="two labels or more"):
+            pick_classes(labels)
+
+
+def test_files_and_prompts(tmp_path: Path) -> None:
+    """What would fail after the work fails before it; prompts that training may have read are named."""
+    check_files([tmp_path / "a" / "b" / "out.json"])
+    assert (tmp_path / "a" / "b").is_dir()
+    with pytest.raises(InputError, match="is a folder"):
+        check_files([tmp_path / "a"])
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write"):
+        check_files([tmp_path / "file" / "out.json"])
+    chosen = [PromptClass("bell", "A bell", "recordings"), PromptClass("rain", "rain on a roof", "procedural")]
+    assert known_prompts(chosen, records(2) + records(2, "rain")) == ["bell"]
+
+
+def test_silence_and_padding() -> None:
+    quiet = np.full(10, 1 / 32767, np.float32)
+    assert not is_silent(quiet) and is_silent(quiet / 3) and is_silent(np.zeros(10, np.float32))
+    assert unpadded(np.array([0, 1, 0, -1, 0, 0], np.float32)) == 4
+    assert unpadded(np.zeros(5, np.float32)) == 1
 
 
 def test_report_and_picture() -> None:
@@ -272,7 +323,7 @@ def test_report_and_picture() -> None:
     options = {"model": "m", "seeds": 2, "seconds": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 0.9}
     value = {
         "about": {
-            "options": options | {"guidance_scale": 3.0, "first_seed": 0},
+            "options": options | {"guidance_scale": 3.0, "first_seed": 0, "val_fraction": 0.04},
             "embedding": "aisfx-0.1.2 sha256:" + "0" * 64,
             "date": "2026-01-01T00:00",
             "commit": "abc",
@@ -283,6 +334,8 @@ def test_report_and_picture() -> None:
         ],
         "references": 9,
         "held_out_queries": 3,
+        "prompts_that_are_captions": ["rain"],
+        "silent": 1,
         "noise": 1e-3,
         "retrieval": {"real": made, "codec": made, "generated": made},
         "retrieval_without_noise": {"real": worse, "codec": worse, "generated": worse},
@@ -290,7 +343,8 @@ def test_report_and_picture() -> None:
         "loss": {"clips": 7, "frames": 99, "own": [1.0, 2.0], "shuffled": [3.0, 4.0]},
     }
     text = report(value)
-    assert "| generated from the prompt | 3 of 4 (0.75) | 0.30 to 0.95 |" in text
+    assert "| generated from the prompt | 3 of 4 (0.75) | 0.30 to 0.95 | 0.20 to 0.97 |" in text
+    assert "1 of 2 synthetic sound" in text and "word for word: rain." in text and "are misses: 1." in text
     assert "| generated from the prompt, without the noise | 2 of 4 (0.50) |" in text and "Noise of -60 dB" in text
     assert "| rain (procedural) | rain | 1 of 2 | 1 of 2 | 1 of 2 |" in text
     assert "rain as bell (1)" in text and "3.14 dB" in text

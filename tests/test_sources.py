@@ -333,6 +333,26 @@ def test_an_import_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert copied == ["a.wav", "b.wav", "b.wav", "c.wav"]
 
 
+def test_what_is_no_file_is_listed(tmp_path: Path) -> None:
+    """A pipe is not waited for, and a name may be longer than any file's."""
+    put(tmp_path / "in", "a.wav")
+    os.mkfifo(tmp_path / "in/pipe.wav")
+    write(tmp_path / "in/list.csv", f"id,audio\nlong,{'x' * 300}\npipe,pipe.wav\ngood,a.wav\n")
+    done = import_clips(tmp_path / "in", tmp_path / "out", "csv")
+    assert (done.clips, done.missing) == (1, ("long", "pipe"))
+
+
+def test_an_import_into_the_sounds_it_searches_is_refused(tmp_path: Path) -> None:
+    """Copies of a run that was stopped would be taken for sounds of the data set. A list names its sounds."""
+    put(tmp_path / "in", "a.wav")
+    for out in (tmp_path / "in", tmp_path / "in/out"):
+        with pytest.raises(InputError, match="is searched for sounds at any depth; choose a folder beside it"):
+            import_clips(tmp_path / "in", out, "folder")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a.wav"]
+    write(tmp_path / "in/list.csv", "audio\na.wav\n")
+    assert import_clips(tmp_path / "in", tmp_path / "in/out", "csv").clips == 1
+
+
 def test_names_that_are_not_utf8_are_listed(tmp_path: Path) -> None:
     """Such a file can be read as a clip, but not be named in a clip folder."""
     put(tmp_path / "in", "a.wav", f"{'long' * 50}.wav")

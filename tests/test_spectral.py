@@ -197,6 +197,18 @@ def test_too_little_sound_is_refused() -> None:
             fit_spectral(given_sounds, CONFIG, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("max_frames", 1023), ("iterations", 0), ("iterations", True), ("seed", -1), ("seed", 1 << 70)],
+)
+def test_bad_arguments_are_refused_before_reading(tmp_path: Path, argument: str, value: int) -> None:
+    """A codebook has 1024 codes, so fewer frames than that cannot be asked for."""
+    with pytest.raises(InputError, match=f"{argument} must be"):
+        train_spectral([tmp_path / "nothing"], tmp_path / "out", **{argument: value}, progress=False)
+    with pytest.raises(InputError, match=f"{argument} must be"):
+        fit_spectral(sounds(1), SpectralConfig(), **{argument: value}, progress=False)
+
+
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     """train_spectral looks at its target before it reads any sound."""
     (tmp_path / "out").mkdir()

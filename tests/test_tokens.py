@@ -74,6 +74,9 @@ def test_optional_parts(tmp_path: Path) -> None:
     change(folder, lambda values: (values["codec"].update(num_codebooks=1), values["encoder"].update(dim=3)))
     rehash(folder, clips=2, frames=3)
     tokens = TokenSet(folder)
+    starts = tokens.crop_starts(1)
+    assert starts is not None
+    starts[:] = 7  # a private copy
     assert [tokens.crop_starts(i).tolist() for i in range(2)] == [[0], [0, 1]]  # type: ignore[union-attr]
     assert [tokens.score(i) for i in range(2)] == [0.5, 0.25]
     assert (tokens.licence(1), tokens.source(1)) == ("CC0", "a book")
@@ -115,6 +118,10 @@ def test_reserve(tmp_path: Path) -> None:
     assert [reserve.clip_id(i) for i in range(len(reserve))] == [clips[1].id, clips[3].id]
     assert [kept.clip_id(i) for i in range(len(kept))] == [clips[i].id for i in (0, 2, 4, 5)]
     np.testing.assert_array_equal(kept.codes(1), clips[2].codes.T)
+    with pytest.raises(DataError, match="has no clips outside its reserve"):
+        open_tokens(write_tokens(tmp_path / "all", [clips], reserve=6))
+    with pytest.raises(DataError, match="has no reserve"):
+        open_tokens(write_tokens(tmp_path / "none", [clips]), reserve=True)
 
 
 def test_split_holds_and_keeps_recordings_together(tmp_path: Path) -> None:

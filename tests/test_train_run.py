@@ -27,6 +27,7 @@ from siren.train import TrainingError, TrainingStoppedError, assemble, train
 from siren.train.batches import Batches, usable, weight_seed
 from siren.train.settings import TrainSettings
 from siren.train.state import LOCK, latest_state, locked
+from siren.train.stop import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,6 +101,31 @@ def test_updates_are_those_of_a_plain_loop(tmp_path: Path, data: dict[str, Any])
     trained = final_state(tmp_path / "run").model
     for name, tensor in expert.state_dict().items():
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_signal_that_a_launcher_repeats_is_one_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM twice in a moment (SLURM's and torchrun's) still saves; a later one, or Ctrl-C, does not wait."""
+    now = 100.0
+    ended: list[int] = []
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: ended.append(number)) for number in numbers]
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            now += 1
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == signal.SIGTERM and not ended
+            now += 9
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == [signal.SIGTERM]
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert stop.received == signal.SIGTERM and ended == [signal.SIGTERM, signal.SIGINT]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_six_experts_to_a_checkpoint(tmp_path: Path, data: dict[str, Any]) -> None:
@@ -285,6 +311,14 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     """One clear line each, and no folder."""
     other = make_codec(seed=1)
     other.save_pretrained(tmp_path / "codec")
+    (tmp_path / "file").touch()
+    strange = {}
+    for part in ("codec", "encoder"):
+        (tmp_path / f"strange {part}").mkdir()
+        strange[part] = make_data(tmp_path / f"strange {part}")["data"]
+        manifest = json.loads((strange[part] / "manifest.json").read_text())
+        manifest[part]["identity"] = "strange"
+        (strange[part] / "manifest.json").write_text(json.dumps(manifest))
     config = TINY.to_dict()
     wrong: list[tuple[dict[str, Any], type[SirenError], str]] = [
         ({"codec": tmp_path / "codec"}, DataError, "another codec"),
@@ -303,6 +337,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         ({"device": "nowhere"}, InputError, "cannot use device"),
         ({"device": "cuda:77"}, InputError, "cannot use device"),
         ({"init_from": tmp_path / "none"}, CheckpointError, "no checkpoint folder"),
+        ({"config": TINY.from_dict(config | {"max_prompt_len": 1})}, InputError, "max_prompt_len is 1"),
+        ({"val_data": strange["codec"]}, DataError, "another codec"),
+        ({"val_data": strange["encoder"]}, InputError, "holds prompts of strange"),
+        ({"prompt_encoder": "./none"}, InputError, "there is no folder '.*/none'"),
+        ({"prompt_encoder": "two words"}, CheckpointError, "must be a name"),
     ]
     for changes, error, message in wrong:
         with pytest.raises(error, match=message) as caught:
@@ -311,6 +350,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         assert not (tmp_path / "run").exists(), message
     with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID"):
         train(settings(data, tmp_path / "run", experts="rank"))
+    with pytest.raises(InputError, match="file is a file"):
+        train(settings(data, tmp_path / "file"))
+    for size, message in (("two", "WORLD_SIZE is 'two'"), ("2", "WORLD_SIZE is 2, .* start them with torchrun")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=message):
+            patch.setenv("WORLD_SIZE", size)
+            train(settings(data, tmp_path / "run"))
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(MissingDependencyError, match=r"siren\[train\]"):
         train(settings(data, tmp_path / "run", tensorboard=True))
@@ -324,7 +369,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
     [
         *[("batch_size", 0), ("seed", -1), ("max_steps", 0), ("learning_rate", 0), ("learning_rate", float("nan"))],
         *[("precision", "fp16"), ("betas", (0.9, 1.0)), ("prompt_dropout", 1.5), ("checkpoint_dtype", "int8")],
-        *[("epochs", True), ("val_fraction", 1.0)],
+        *[("epochs", True), ("max_steps", True), ("val_fraction", 1.0)],
     ],
 )
 def test_settings_out_of_range(name: str, value: object) -> None:
@@ -356,6 +401,7 @@ def test_a_folder_in_which_a_run_just_begins_is_joined(tmp_path: Path, data: dic
     run = tmp_path / "run"
     (run / ".codec.saving-1a2b3c4d").mkdir(parents=True)
     (run / LOCK).touch()
+    (run / ".siren-1a2b3c4d").touch()
     train(settings(data, run, experts=[0]))
     assert (run / "run.json").is_file()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import time
@@ -62,6 +63,14 @@ def test_round_trip_and_the_newest_are_kept(tmp_path: Path) -> None:
     write(folder, 100_000_002, keep=1)
     assert [path.name for path in folder.iterdir()] == ["state-100000002"]
     check(write(folder, 100_000_002, keep=1), 100_000_002)  # the same again replaces it
+
+
+def test_a_copy_that_the_user_made_of_a_state_stays(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    copy = shutil.copytree(path, path.with_name(f"{path.name}-good"))
+    (tmp_path / "state-notes").touch()
+    write(tmp_path, 2, keep=1)
+    assert sorted(child.name for child in tmp_path.iterdir()) == [copy.name, "state-00000002", "state-notes"]
 
 
 def test_a_save_that_dies_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +186,17 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         pass
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot write"), locked(tmp_path / "file"):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for a folder that is busy."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(CheckpointError, match=r"cannot lock .*Operation not supported"), locked(tmp_path):
         pass
 
 

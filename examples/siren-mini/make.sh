@@ -16,7 +16,7 @@ siren data tokenize "$out/recordings" "$out/procedural" --out "$out/tokens" --co
 # Two processes of one thread each: faster on two cores than one process of two.
 train() {
     OMP_NUM_THREADS=1 siren train "$out/tokens" --out "$out/run" --experts "$1" --config "$here/config.json" \
-        --codec "$out/codec" --max-steps 2000 --batch-size 8 --crop-seconds 4 --bucket 8 --prompt-dropout 0.1 \
+        --codec "$out/codec" --max-steps 3500 --batch-size 8 --crop-seconds 4 --bucket 8 --prompt-dropout 0.1 \
         --learning-rate 1.5e-3 --warmup-steps 100 --min-lr-ratio 0.05 --val-fraction 0.04 --save-every 250 \
         --checkpoint-dtype bfloat16 --device cpu
 }

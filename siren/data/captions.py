@@ -149,6 +149,7 @@ def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).lower()
     text = text.translate(_PLAIN_MARKS)
     text = " ".join("".join(" " if unicodedata.category(c)[0] == "C" else c for c in text).split())
+    text = re.sub(r"(?<=[^\W_])[_|]+(?=[^\W_])", " ", text)  # "dog_bark": the words of a class
     text = re.sub(r"[*_#`~|]+", "", text)
     text = re.sub(r"^(?:\d{1,2}[.)]|[-•·>]|caption(?: \d+)?:|description:)\s+", "", text).strip()
     inside = re.fullmatch(r'"([^"]*)"\.?|\'([^\']*)\'\.?', text)

@@ -80,9 +80,9 @@ def write_clip_folder(
     """Copy the sounds of clips, all of them under `root`, into a new clip folder; `link` makes hard links instead.
 
     Returns the clips whose sound is missing, cannot be opened or has a name that is not UTF-8. They are left out and
-    listed in `dropped.jsonl`.
-    `clips.jsonl` is written last, so a folder that has one is whole; what was copied by a run that was stopped is not
-    copied again. Raises InputError if the folder holds clips already or cannot have links, SirenError if writing fails.
+    listed in `dropped.jsonl`. `clips.jsonl` is written last, so a folder that has one is whole; what was copied by a
+    run that was stopped is not copied again. Raises InputError if the folder holds clips already or cannot have links,
+    SirenError if writing fails.
     """
     from tqdm.auto import tqdm
 
@@ -98,10 +98,13 @@ def write_clip_folder(
             target = folder / name
             try:
                 str(name).encode()
+                if not is_file(record.path):  # before opening: a pipe would be waited for
+                    raise FileNotFoundError
                 file = record.path.open("rb")
             except (OSError, UnicodeEncodeError) as error:
                 dropped.append(record)
-                reason = "missing" if isinstance(error, OSError) else "name is not UTF-8"
+                reason = "missing" if isinstance(error, FileNotFoundError) else "cannot be opened"
+                reason = "name is not UTF-8" if isinstance(error, UnicodeEncodeError) else reason
                 detail = str(name).encode(errors="backslashreplace").decode()
                 lost.append(_dump({"id": record.id, "reason": reason, "detail": detail}))
                 continue
@@ -177,6 +180,14 @@ def locate(folder: Path, name: str, where: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or "\0" in name or not parts.parts:
         raise DataError(f"{where}: {name!r} is not a path inside {folder}")
     return folder / parts
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. No list can make this fail: a name may be longer than any file's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def check_text(value: object, key: str, where: str) -> str:

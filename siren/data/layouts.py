@@ -207,3 +207,5 @@ READERS: dict[str, Callable[[Path, Options], Iterator[Row]]] = {
     "esc50": _read_esc50,
     "vggsound": _read_vggsound,
 }
+
+SEARCHED = ("folder", "audiocaps", "clotho", "vggsound")  # those that look for sounds at any depth

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..codec import MAX_SECONDS
 from ..errors import DataError, InputError
 from .clip_tokenizer import Models, Settings
-from .clips import CLIPS, ClipRecord, read_clip_folder
+from .clips import CLIPS, ClipRecord, is_file, read_clip_folder
 from .ray_pipeline import import_ray, ray_groups
 from .similarity import THRESHOLD_1_6B, ClapSimilarity
 from .sound import MIN_SECONDS, MIN_SNR, SAMPLE_RATE
@@ -181,7 +181,7 @@ def _read_sources(folders: Sequence[Path]) -> tuple[list[ClipRecord], list[dict[
             if clip.id in owners:
                 raise DataError(f"clip {clip.id!r} is in {owners[clip.id]} and in {folder}; give one another id")
             owners[clip.id] = folder
-            if clip.path.is_file():  # a missing one is dropped later, like any unreadable file
+            if is_file(clip.path):  # a missing one is dropped later, like any unreadable file
                 status = clip.path.stat()
                 size, changed = size + status.st_size, max(changed, status.st_mtime)
         listing = folder / CLIPS

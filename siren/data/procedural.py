@@ -9,20 +9,17 @@ import io
 import json
 import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 
 import soundfile
 from tqdm import tqdm
 
 from ..errors import DataError, InputError
+from .processes import ENDED, worker_pool
 from .synth_clips import CLASSES, VERSION, ProceduralClip, check_arguments, synthesize
 from .synth_tools import RATE
 
@@ -130,30 +127,13 @@ def _run(partial: Path, todo: list[int], job: dict[str, float], workers: int) ->
     if workers == 1 or len(todo) < 2:
         yield from map(_make_group, repeat(partial), todo, repeat(job))
         return
-    # Started fresh: a fork would copy whatever locks the threads of this process hold.
-    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _start)
+    pool = worker_pool(min(workers, len(todo)))
     try:
         yield from pool.map(_make_group, repeat(partial), todo, repeat(job))
     except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process ended (too little memory, or a script without `if __name__ == '__main__':`); the same "
-            "call goes on with what is finished"
-        ) from error
+        raise DataError(f"{ENDED}; the same call goes on with what is finished") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A main process that is killed cannot stop its workers; they would wait for work forever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _make_group(partial: Path, group: int, job: dict[str, float]) -> int:
@@ -168,9 +148,8 @@ def _make_group(partial: Path, group: int, job: dict[str, float]) -> int:
         _write(partial / name, file.getvalue())
         line = {"id": clip.id, "audio": name, "caption": list(clip.captions)}
         line |= {} if clip.label is None else {"label": clip.label}
-        lines.append(
-            json.dumps(line | {"licence": LICENCE, "source": f"procedural sound, seed {job['seed']:g}"}) + "\n"
-        )
+        line |= {"licence": LICENCE, "source": f"procedural sound, seed {int(job['seed'])}"}
+        lines.append(json.dumps(line) + "\n")
     _write(_part(partial, group), "".join(lines).encode())
     return len(indices)
 

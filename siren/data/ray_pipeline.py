@@ -72,7 +72,7 @@ def ray_groups(
         )
         for row in data.iter_rows():
             yield row["group"], row["shard"], json.loads(row["record"])
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.RayError, ConnectionError) as error:  # ConnectionError: no cluster at RAY_ADDRESS
         reason = str(error).strip().split("\n")[-1]
         raise SirenError(f"Ray failed ({reason}); finished shards are kept: run the same command again") from error
     finally:

@@ -63,6 +63,10 @@ class Counts:
     seconds: float
     dropped: dict[str, int]
 
+    def __str__(self) -> str:
+        lost = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items()) or "nothing"
+        return f"{self.clips} clips, {self.seconds / 60:.1f} minutes (dropped: {lost})"
+
 
 @dataclass(frozen=True)
 class _Sound:

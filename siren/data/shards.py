@@ -123,11 +123,11 @@ class Shard:
         return prompt
 
     def crop_starts(self, clip: int) -> np.ndarray | None:
-        """Frames at which a crop of a clip may begin, or None for any."""
+        """Frames at which a crop of a clip may begin, or None for any; a private copy."""
         if self._crops is None:
             return None
         starts, offsets = self._crops
-        return starts[offsets[clip] : offsets[clip + 1]]
+        return starts[offsets[clip] : offsets[clip + 1]].copy()
 
     def _check(self, num_codebooks: int, codebook_size: int, prompt_dim: int) -> None:
         names = set(self._file.keys())

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, InputError
-from .clips import ClipRecord, check_id, read_clip_folder, write_clip_folder
-from .layouts import COLUMNS, READERS, Options, Row
+from .clips import ClipRecord, check_id, is_file, read_clip_folder, write_clip_folder
+from .layouts import COLUMNS, READERS, SEARCHED, Options, Row
 
 __all__ = ["LAYOUTS", "ClipRecord", "Imported", "import_clips", "read_clip_folder", "read_records"]
 
@@ -80,9 +80,13 @@ def import_clips(
     """Make a clip folder of a data set: `read_records` with its `options`, then copies of the sounds, or hard links.
 
     Sounds that are missing are counted, and listed in the folder's `dropped.jsonl`. Raises what `read_records` and
-    `write_clip_folder` raise; the list is checked before anything is written.
+    `write_clip_folder` raise, and InputError for a folder among sounds that are searched; the list is checked before
+    anything is written.
     """
     records, root = _read(source, layout, **options)
+    if layout in SEARCHED and Path(folder).expanduser().resolve().is_relative_to(root.resolve()):
+        # A run that was stopped would leave copies there, and the next one would take them for sounds of the data set.
+        raise InputError(f"{folder} is in {root}, which is searched for sounds at any depth; choose a folder beside it")
     missing = {record.id for record in write_clip_folder(folder, records, root, link, progress)}
     kept = [record for record in records if record.id not in missing]
     return Imported(len(kept), sum(not record.captions for record in kept), tuple(sorted(missing)))
@@ -120,7 +124,7 @@ def _read(
     records = _merge(READERS[layout](listed, options), root)
     if not records:
         raise DataError(f"{source} has no clips" + ("" if split is None else f" of the split {split}"))
-    if not any(record.path.is_file() for record in records):
+    if not any(is_file(record.path) for record in records):
         raise DataError(f"none of the {len(records)} sounds that {listed} lists is in {root}")
     if licence is not None:
         records = [record if record.licence else replace(record, licence=licence) for record in records]

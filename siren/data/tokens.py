@@ -85,7 +85,9 @@ class TokenSet:
             if (clip["id"] in wanted) == reserve
         ]
         if not self._places:
-            raise DataError(f"{self.path} has no {'reserve of' if reserve else ''} clips; tokenize some")
+            if reserve:
+                raise DataError(f"{self.path} has no reserve; tokenize with one (--reserve)")
+            raise DataError(f"{self.path} has no clips outside its reserve; tokenize more, or reserve fewer")
         self.frames = np.array([shard.offsets[i + 1] - shard.offsets[i] for shard, i in self._places], np.int64)
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ is left, a shard. Everything appears whole or not at all; a record comes after i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -41,15 +42,17 @@ class Unfinished:
         self._changed = changed
 
     def finished(self) -> dict[str, Any] | None:
-        """The manifest of the target, if the job and its sources are still those that made it."""
+        """The manifest of the target, if it is whole, and the job and its sources are still those that made it."""
         try:
             values = read_manifest(self.target)
             fresh = (self.target / MANIFEST).stat().st_mtime >= self._changed
         except (DataError, OSError):
             return None
-        if not fresh or self._difference(values):
+        if not fresh or self._difference(values) or self._altered(values):
             return None
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a run killed after its last step
+        if not self._unfinished_difference() and not self._in_the_way():
+            with contextlib.suppress(OSError):
+                self._discard()  # of a run killed after its last step
         return values
 
     def open(self, groups: int, overwrite: bool) -> list[int]:
@@ -59,6 +62,10 @@ class Unfinished:
         that differs, unless `overwrite`.
         """
         self._check_target(self.target, overwrite)
+        if self._in_the_way():
+            raise DataError(
+                f"{self.folder} is in the way: it is no unfinished token set; move it, or choose another name"
+            )
         difference = self._unfinished_difference()
         if difference and not overwrite:
             raise DataError(
@@ -69,7 +76,7 @@ class Unfinished:
             for stale in self.target.parent.glob(f".{self.target.name}.saving-*"):
                 shutil.rmtree(stale)  # of a run killed while it put the folder in place
             if difference is None or difference:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self._discard()
                 self.folder.mkdir(parents=True)
                 write_files({self.folder / _JOB: _dump(self.job)})
             for stale in self.folder.glob(".siren-*"):
@@ -99,7 +106,8 @@ class Unfinished:
         shards = [record["shard"] for record in done if record["shard"] is not None]
         counts = dict(sorted(Counter(value["reason"] for value in dropped).items()))
         if not shards:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._discard()
             example = f"{dropped[0]['id']}: {dropped[0]['detail'] or dropped[0]['reason']}"
             raise DataError(f"no clip is left for {self.target}; dropped: {counts}; for example {example}")
         manifest = self.job | {
@@ -124,8 +132,19 @@ class Unfinished:
             raise
         except SirenError as error:
             raise self._failed(error) from error
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._discard()
         return manifest
+
+    def _discard(self) -> None:
+        """Delete the unfinished run, the job last: what a kill leaves here is still known as a run of this job."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            if path.name != _JOB:
+                path.unlink()
+        (self.folder / _JOB).unlink(missing_ok=True)
+        self.folder.rmdir()
 
     def _reserve(self, records: Iterable[dict[str, Any]]) -> list[str]:
         """The ids of the clips that are set aside, in their order."""
@@ -148,6 +167,17 @@ class Unfinished:
             return None
         return record
 
+    def _altered(self, values: dict[str, Any]) -> str:
+        """The first shard of the target that is not what was written, in words; empty if there is none."""
+        for shard in values["shards"]:
+            try:
+                whole = sha256_file(self.target / shard["file"]) == shard["sha256"]
+            except (OSError, ValueError):
+                whole = False
+            if not whole:
+                return f"{shard['file']}, which is missing or was altered"
+        return ""
+
     def _difference(self, values: dict[str, Any]) -> str:
         """The parts in which something made earlier differs from the job, in words; empty if it does not."""
         return ", ".join(name for name, part in self.job.items() if values.get(name) != part)
@@ -164,6 +194,13 @@ class Unfinished:
             return f"its {_JOB} is damaged"
         return self._difference(values) or ("sources, which have changed since" if newer else "")
 
+    def _in_the_way(self) -> bool:
+        """Whether something else than an unfinished run has its name, such as work on another kind of folder."""
+        if (self.folder / _JOB).exists() or not os.path.lexists(self.folder):
+            return False
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else [self.folder.name]
+        return not all(name.startswith(".siren-") for name in names)
+
     def _check_target(self, target: Path, overwrite: bool) -> None:
         """DataError if something is there that may not be replaced."""
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -177,7 +214,7 @@ class Unfinished:
         if others:
             raise DataError(f"{target} also holds {others[0]!r}; move it out, or choose another folder")
         if not overwrite:
-            parts = self._difference(values) or "sources, which have changed since"
+            parts = self._difference(values) or self._altered(values) or "sources, which have changed since"
             raise DataError(f"{target} is a token set that differs in: {parts}; overwrite it, or choose another folder")
 
     def _failed(self, error: Exception) -> DataError:

@@ -64,7 +64,7 @@ def join(device: str, alone: bool) -> Iterator[World]:
     device: "auto", or a torch device; under a launcher a GPU is the one of LOCAL_RANK. alone: the processes of the
     launcher train an expert each and do not talk. A process group that exists already is used and left as it is.
     """
-    local = int(os.environ.get("LOCAL_RANK") or (alone and os.environ.get("SLURM_LOCALID")) or "0")
+    local = _number("LOCAL_RANK", _number("SLURM_LOCALID", 0) if alone else 0)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -76,18 +76,32 @@ def join(device: str, alone: bool) -> Iterator[World]:
         raise InputError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", 1)
     if alone or (size == 1 and not dist.is_initialized()):
         yield World(0, 1, place)
         return
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group("cuda:nccl,cpu:gloo" if place.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if place.type == "cuda" else "gloo")
+        except ValueError as error:  # a variable that it asks for is missing
+            raise InputError(
+                f"WORLD_SIZE is {size}, but the processes cannot meet: {str(error).splitlines()[0]}; start them with "
+                "torchrun, or unset WORLD_SIZE"
+            ) from error
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place, dist.new_group(backend="gloo"))
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment."""
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise InputError(f"{name} is {value!r}; it must be a whole number, as torchrun sets it")
+    return int(value)
 
 
 def copied(module: nn.Module, world: World) -> nn.parallel.DistributedDataParallel:

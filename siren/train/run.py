@@ -25,7 +25,7 @@ from ..codec import Codec, DecodeEmbedding
 from ..config import SirenConfig
 from ..errors import InputError
 from ..expert import Expert
-from ..manifest import Manifest, read_manifest
+from ..manifest import Manifest, check_prompt_encoder, read_manifest
 from .assemble import RUN, assemble, expert_folder, read_run, unfinished
 from .batches import Batches, Tokens, fixed_batches, usable, weight_seed
 from .distributed import World, join
@@ -74,15 +74,13 @@ class _Run:
             raise InputError(f"config and {self.source.root / 'config.json'} differ; leave config out with init_from")
         self.chosen = settings.chosen_experts(self.config)
         settings.paths(world.device)
-        from ..data import open_tokens, split
+        from ..data import check_codec, open_tokens, split
 
         tokens = open_tokens(settings.data)
-        _check_sizes(tokens, self.config, settings.data)
+        _check_tokens(tokens, self.config, settings.data)
         self.codec = self._find_codec()
         self.embeddings: list[DecodeEmbedding] | None = None
         if self.codec is not None:
-            from ..data import check_codec
-
             check_codec(tokens, self.codec)
             self.embeddings = self.codec.decode_embeddings()
             _check_embeddings(self.embeddings[0], self.config)
@@ -93,7 +91,10 @@ class _Run:
         else:
             training = np.arange(len(tokens))
             held_out = open_tokens(settings.val_data)
-            _check_sizes(held_out, self.config, settings.val_data)
+            _check_tokens(held_out, self.config, settings.val_data)
+            _check_same_encoder(tokens, held_out)
+            if self.codec is not None:
+                check_codec(held_out, self.codec)
             validation = np.arange(len(held_out))
         training = usable(tokens, training, crop)
         if not len(training):
@@ -143,6 +144,8 @@ class _Run:
             check_same(before["settings"], self.job.agreed, path)
             if not self.settings.resume:
                 raise InputError(f"{self.out} holds a run already; resume it, or choose another folder")
+        elif self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} is a file; choose another folder")
         elif self.out.exists() and not all(_is_ours(child.name) for child in self.out.iterdir()):
             raise InputError(f"{self.out} is not empty and holds no run; choose another folder")
 
@@ -196,10 +199,13 @@ class _Run:
         """The checkpoint's prompt encoder: a name that anyone can load, the absolute path of a folder, or None."""
         given = self.settings.prompt_encoder
         if given is not None:
-            is_folder = isinstance(given, Path) or given.startswith(
-                (".", "/")
-            )  # as PromptEncoder.from_pretrained has it
-            return str(Path(given).resolve() if is_folder else given)
+            if isinstance(given, Path) or given.startswith((".", "/")):  # as PromptEncoder.from_pretrained has it
+                folder = Path(given).expanduser().resolve()
+                if not folder.is_dir():
+                    raise InputError(f"prompt_encoder: there is no folder {str(folder)!r}")
+                return str(folder)
+            check_prompt_encoder(self.out / "checkpoint", self.out / "checkpoint" / "manifest.json", given)
+            return given
         if self.source is not None and self.source.prompt_encoder is not None:
             return self.source.prompt_encoder
         name = (tokens.encoder_identity or "").partition(" ")[0]
@@ -208,7 +214,7 @@ class _Run:
 
 def _is_ours(name: str) -> bool:
     """Whether a file of a folder without run.json was left by a run that ended while it began."""
-    return name in (LOCK, "codec") or name.startswith((".codec.saving-", ".codec.previous"))
+    return name in (LOCK, "codec") or name.startswith((".codec.saving-", ".codec.previous", ".siren-"))
 
 
 def fingerprint(tokens: Tokens, indices: NDArray[np.int64]) -> str:
@@ -221,10 +227,27 @@ def fingerprint(tokens: Tokens, indices: NDArray[np.int64]) -> str:
     return digest.hexdigest()
 
 
-def _check_sizes(tokens: Any, config: SirenConfig, where: object) -> None:
+def _check_tokens(tokens: Any, config: SirenConfig, where: object) -> None:
+    """Sizes, and the length of every prompt: one that is too long would end the training where it comes up."""
     for name in ("num_codebooks", "codebook_size", "prompt_dim"):
         if getattr(tokens, name) != getattr(config, name):
             raise InputError(f"{where} has {name} {getattr(tokens, name)}, the config {getattr(config, name)}")
+    for i in range(len(tokens)):
+        for variant in range(len(tokens.captions(i) or "?")):
+            count = len(tokens.prompt(i, variant))
+            if count > config.max_prompt_len:
+                raise InputError(
+                    f"{where}: a prompt of clip {tokens.clip_id(i)!r} has {count} tokens; the config's max_prompt_len "
+                    f"is {config.max_prompt_len}: raise it, or shorten the caption and tokenize again"
+                )
+
+
+def _check_same_encoder(tokens: Any, held_out: Any) -> None:
+    given, other = tokens.encoder_identity, held_out.encoder_identity
+    if None not in (given, other) and given != other:
+        raise InputError(
+            f"{held_out.path} holds prompts of {other}, {tokens.path} of {given}; tokenize one of them again"
+        )
 
 
 def _check_embeddings(embedding: DecodeEmbedding, config: SirenConfig) -> None:

@@ -25,17 +25,8 @@ CHECKPOINT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FREE = {
     *("data", "val_data", "out", "config", "init_from", "codec", "experts", "epochs", "max_steps"),
     *("val_every", "save_every", "keep", "log_every", "resume", "device", "workers", "compile"),
-    *(
-        "checkpoint_activations",
-        "fsdp",
-        "attention",
-        "kernels",
-        "tensorboard",
-        "wandb",
-        "prompt_encoder",
-        "checkpoint_dtype",
-    ),
-    *("allow_random_codebooks", "progress", "accumulate"),
+    *("checkpoint_activations", "fsdp", "attention", "kernels", "tensorboard", "wandb", "prompt_encoder"),
+    *("checkpoint_dtype", "allow_random_codebooks", "progress", "accumulate"),
 }
 
 
@@ -127,7 +118,7 @@ class TrainSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 32:
                 raise InputError(f"{name} must be a whole number from {low}, not {value!r}")
-        if self.max_steps is not None and (not isinstance(self.max_steps, int) or self.max_steps < 1):
+        if self.max_steps is not None and (type(self.max_steps) is not int or self.max_steps < 1):
             raise InputError(f"max_steps must be a whole number from 1, not {self.max_steps!r}")
         for name, least, most in (
             *(("learning_rate", 0, 10), ("weight_decay", 0, 10), ("min_lr_ratio", 0, 1), ("grad_clip", 0, 1e9)),

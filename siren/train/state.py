@@ -32,6 +32,7 @@ from ..manifest import parse_json
 LOCK = ".lock"
 _INDEX = "state.json"
 _FILES = ("model.safetensors", "optimizer.safetensors")
+_NAME = re.compile(r"state-\d{8,}")
 _VERSION = 1
 
 
@@ -140,22 +141,30 @@ def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
+        except BlockingIOError as error:
             raise CheckpointError(f"another process is training in {folder}; wait for it or stop it") from error
+        except OSError as error:  # network file systems that are mounted without locks
+            raise CheckpointError(
+                f"cannot lock {file.name}: {error.strerror or error}; use a file system that has flock"
+            ) from error
         yield
 
 
 def _states(folder: Path) -> list[Path]:
     """Whole states, oldest first."""
-    found = folder.glob("state-*") if folder.is_dir() else ()
-    whole = [path for path in found if re.fullmatch(r"state-\d{8,}", path.name) and (path / _INDEX).is_file()]
+    whole = [path for path in _named(folder) if (path / _INDEX).is_file()]
     return sorted(whole, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def _named(folder: Path) -> list[Path]:
+    """Folders with the name of a state. Others, such as a copy that the user made of one, are not ours to touch."""
+    return [path for path in folder.glob("state-*") if _NAME.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed saves and deletions left. Only the holder of the folder's lock may."""
     whole = set(_states(folder))
-    for path in (*folder.glob(".state-*.saving-*"), *folder.glob("state-*")):
+    for path in (*folder.glob(".state-*.saving-*"), *_named(folder)):
         if path not in whole:
             shutil.rmtree(path)
 

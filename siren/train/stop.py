@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from ..errors import SirenError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO_SECONDS = 5.0
 
 
 class TrainingStoppedError(SirenError):
@@ -25,11 +27,13 @@ class TrainingStoppedError(SirenError):
 class StopSignals:
     """Inside this context a first SIGTERM or SIGINT only sets `received`; a second one does what it always did.
 
-    Outside the main thread signals cannot be caught and are left alone.
+    A SIGTERM that follows another within 5 s is taken for the same: SLURM signals every process of a step, and torchrun
+    passes on to its processes what it got. Outside the main thread signals cannot be caught and are left alone.
     """
 
     def __init__(self) -> None:
         self.received = 0
+        self._when = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -43,8 +47,14 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        self._restore()
+        now = time.monotonic()
+        if self.received:
+            if number == self.received == signal.SIGTERM and now - self._when < _ECHO_SECONDS:
+                return
+            self._restore()
+            signal.raise_signal(number)
+            return
+        self.received, self._when = number, now
         print(f"{signal.Signals(number).name}: saving; once more stops at once", file=sys.stderr, flush=True)
 
     def _restore(self) -> None:
