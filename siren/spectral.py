@@ -139,7 +139,8 @@ class SpectralModel(nn.Module):
         window = torch.hann_window(c.window, device=frames.device)
         magnitude = _unmix(mel, self.filterbank).sqrt() * (window.sum() / 2)
         side = (c.window - c.step) // 2
-        return _find_phases(magnitude, window, c.step, c.phase_iterations)[side:-side].clamp(-1, 1)
+        sound = _find_phases(magnitude, window, c.step, c.phase_iterations)[side:-side]
+        return sound / sound.abs().max().clamp(min=1)  # codes that were drawn can be too loud: turned down, not clipped
 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:

