@@ -50,6 +50,9 @@ from siren.generate import fill_in, find_codec, find_encoder
 from siren.pretrained import missing
 
 _PICTURES = 6  # rows of the picture: the first classes
+_HEAD = """# Do generated sounds match their prompts?
+
+Written by `python benchmarks/retrieval.py`, whose docstring says how."""
 _NOISE = 1e-3  # of a sound's peak, -60 dB
 
 
@@ -127,7 +130,7 @@ def run(
     print(text)
     files = {}
     if markdown is not None:
-        files[markdown] = text.encode()
+        files[markdown] = f"{_HEAD}\n\n{text}".encode()
     if picture is not None:
         rows = zip(chosen[:_PICTURES], waves, strict=False)
         files[picture] = draw_grid([(kind.prompt, *sounds) for kind, sounds in rows], audio.sample_rate)

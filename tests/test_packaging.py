@@ -47,16 +47,28 @@ def test_the_archive_and_the_wheel_are_complete(built: tuple[Path, Path]) -> Non
     source, wheel = built
     with tarfile.open(source) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    for pattern in ("siren/*.py", "kernels/*.py", "csrc/**/*.h", "csrc/**/*.c*", "tests/*.*", "LICENSE", "README.md"):
+    for pattern in (
+        "siren/**/*.py",
+        "siren/models/**/*.*",
+        "examples/**/*.*",
+        "docs/*.*",
+        "kernels/*.py",
+        "csrc/**/*.h",
+        "csrc/**/*.c*",
+        "tests/*.*",
+        "LICENSE",
+        "README.md",
+    ):
         wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
         assert wanted
         assert wanted <= packed, pattern
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {f"siren/{path.name}" for path in (ROOT / "siren").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "siren").rglob("*.py")}
+    model = {str(path.relative_to(ROOT)) for path in (ROOT / "siren" / "models").rglob("*") if path.is_file()}
     modules |= {f"siren/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     types = {f"siren/{path.name}" for path in (ROOT / "siren").glob("*.pyi")}
-    assert modules | types | {"siren/py.typed"} <= names
+    assert modules | types | model | {"siren/py.typed", "siren/data/recordings.csv"} <= names
     for extension, count in (("_cpu", 1), ("_emulator", 1), ("_cuda", 0)):  # SIREN_CUDA=0
         assert len([name for name in names if re.fullmatch(rf"siren/{extension}\..*\.(so|pyd)", name)]) == count
     assert not [name for name in names if name.startswith(("tests", "csrc", "benchmarks", "siren/tests"))]
@@ -69,15 +81,18 @@ def test_metadata(built: tuple[Path, Path]) -> None:
         folder = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA")).rpartition("/")[0]
         about: email.message.Message = email.parser.Parser().parsestr(archive.read(f"{folder}/METADATA").decode())
         scripts = archive.read(f"{folder}/entry_points.txt").decode()
-        assert f"{folder}/licenses/LICENSE" in archive.namelist()
+        for licence in ("LICENSE", "siren/models/siren-mini/LICENSE"):
+            assert f"{folder}/licenses/{licence}" in archive.namelist()
     assert "siren = siren.cli:main" in scripts
-    assert about["License-Expression"] == "Apache-2.0"
+    assert about["License-Expression"] == "Apache-2.0 AND GPL-3.0-or-later"
     assert about["Requires-Python"] == ">=3.10"
     requirements = about.get_all("Requires-Dist", [])
     assert not [line for line in requirements if re.search(r"==[^']|<|~=", line.partition(";")[0])]
     base = {re.split(r"[<>=;\s]", line)[0] for line in requirements if "extra ==" not in line}
     assert base == {"torch", "numpy", "safetensors", "soundfile", "soxr", "typer", "tqdm"}
-    assert {"text", "dac", "pictures", "triton", "dev"} <= set(about.get_all("Provides-Extra", []))
+    assert {"text", "dac", "pictures", "triton", "data", "ray", "train", "dev"} <= set(
+        about.get_all("Provides-Extra", [])
+    )
 
     import siren
 
