@@ -3,7 +3,7 @@
 # make sanitize  the engines' tests under AddressSanitizer + UndefinedBehaviorSanitizer, then ThreadSanitizer
 # make bench     the decode benchmark at full size, and each operation alone
 # make gpu-check on a machine with a GPU: tests, checks and times of its kernels, into benchmarks/results; no install
-# make mini      make a small model, from sounds to checkpoint: hours on two cores, 1 GB of downloads
+# make mini      train siren-mini again, from sounds on: an hour and a half on two cores, 1 GB of downloads
 # make clean     remove what the targets above wrote, except the virtual environment
 
 PYTHON ?= python3
