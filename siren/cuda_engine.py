@@ -153,6 +153,11 @@ class CudaDecoder:
         experts = ((entry.start_codebook, iter_tensors(entry, manifest.config)) for entry in manifest.experts)
         return cls(manifest.config, experts, weights, residual=residual)
 
+    def load_expert(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write these weights over those of expert `index`, tensor by tensor. No other call may be under way."""
+        with on_device(self.weights.device):
+            self.weights.load_expert(index, tensors)
+
     def describe(self) -> dict[str, Any]:
         """What runs and where."""
         return {

@@ -165,6 +165,12 @@ class CudaWeights:
                 self._plans[key] = Plan(program, *tables)
             return self._plans[key]
 
+    @torch.inference_mode()  # where the weights themselves may have been made
+    def load_expert(self, k: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of expert k, under their checkpoint's names, where launches read them: addresses stay."""
+        self._put_all(k, tensors.items())
+        settle(self.device)
+
     def arguments(self, plan: Plan) -> dict[str, Any]:
         """Fields of csrc/cuda/program.h's Arguments that do not change from launch to launch of a plan.
 
@@ -281,16 +287,19 @@ class CudaWeights:
         for start_codebook, tensors in experts:
             k = start_codebook // self.config.codes_per_expert
             items = tensors.items() if isinstance(tensors, Mapping) else tensors
-            for name, tensor in folded_tensors(checked(k, items)):
-                value = tensor.detach().to(self.device, torch.float32)
-                # In the coarsest range that values are kept in: what it cannot hold would be infinite on the device.
-                if not torch.stack(value.aminmax()).to(torch.bfloat16).isfinite().all():
-                    raise CheckpointError(f"expert {k}: {name} holds a value that is not finite")
-                self._put(k, name, value)
+            self._put_all(k, checked(k, items))
         if missing:
             k, name = min(missing)
             others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"expert {k}: {name} is missing{others}")
+
+    def _put_all(self, k: int, items: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in folded_tensors(items):
+            value = tensor.detach().to(self.device, torch.float32)
+            # In the coarsest range that values are kept in: what it cannot hold would be infinite on the device.
+            if not torch.stack(value.aminmax()).to(torch.bfloat16).isfinite().all():
+                raise CheckpointError(f"expert {k}: {name} holds a value that is not finite")
+            self._put(k, name, value)
 
     def _put(self, k: int, name: str, value: Tensor) -> None:
         """One tensor of expert k under its checkpoint's name."""

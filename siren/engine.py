@@ -157,19 +157,7 @@ class CpuDecoder:
         except MemoryError as error:
             raise BackendError(f"not enough memory for this model with {weights} weights") from error
         for start_codebook, tensors in experts:
-            index = start_codebook // config.codes_per_expert
-            items = tensors.items() if isinstance(tensors, Mapping) else tensors
-            for name, tensor in folded_tensors(items):
-                values = tensor.detach().to("cpu", torch.float32).contiguous()
-                rows = values.view(1, -1) if values.ndim != 2 else values
-                try:
-                    self.engine.load(index, name, rows.numpy())
-                except ValueError as error:
-                    raise CheckpointError(str(error)) from error
-                except RuntimeError as error:
-                    raise BackendError(
-                        f"the engine's threads cannot start ({error}): pass a smaller threads"
-                    ) from error
+            self._load(start_codebook // config.codes_per_expert, tensors)
         count = max(config.max_seq_len, config.codes_per_expert + 1)
         self.engine.set_positions(sinusoidal_positions(count, config.dim).contiguous().numpy())
         try:
@@ -182,6 +170,22 @@ class CpuDecoder:
         """Build from a checkpoint folder, holding one tensor beside the packed weights."""
         experts = ((entry.start_codebook, iter_tensors(entry, manifest.config)) for entry in manifest.experts)
         return cls(manifest.config, experts, weights, threads)
+
+    def load_expert(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write these weights over those of expert `index`, tensor by tensor. No other call may be under way."""
+        self._load(index, tensors)
+
+    def _load(self, index: int, tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
+        items = tensors.items() if isinstance(tensors, Mapping) else tensors
+        for name, tensor in folded_tensors(items):
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            rows = values.view(1, -1) if values.ndim != 2 else values
+            try:
+                self.engine.load(index, name, rows.numpy())
+            except ValueError as error:
+                raise CheckpointError(str(error)) from error
+            except RuntimeError as error:
+                raise BackendError(f"the engine's threads cannot start ({error}): pass a smaller threads") from error
 
     def describe(self) -> dict[str, Any]:
         """What runs: backend, weights, instruction path, threads and the bytes a frame reads."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from .checkpoint import Manifest, iter_tensors
 from .config import SirenConfig
 from .errors import InputError
-from .expert import Expert
+from .expert import CodeEmbedding, Expert
 from .layers import attend, sinusoidal_positions
 from .sampling import SamplingSettings, draw, guide, gumbel_noise, log_probability
 
@@ -75,7 +75,7 @@ class ReferenceDecoder:
 
     `weights`: "fp32"; "bf16" (modules, tables and activations; norms inside and logits fp32); "int8" (values rounded
     to int8, computed in fp32: it shows the numerics, not the speed). `compiled` runs the two functions of tensors
-    above through torch.compile. Instances do not change after construction, so threads may share one.
+    above through torch.compile. Threads may share one: only `load_expert` changes it, while no other call is under way.
     """
 
     def __init__(
@@ -119,6 +119,25 @@ class ReferenceDecoder:
         """Build from a checkpoint, one expert in memory at a time beside those already converted."""
         states = ((entry.start_codebook, dict(iter_tensors(entry, manifest.config))) for entry in manifest.experts)
         return cls(manifest.config, states, weights, device, compiled)
+
+    @torch.inference_mode()
+    def load_expert(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write these weights over those of expert `index`, tensor by tensor. No other call may be under way."""
+        expert = self.experts[index]
+        with torch.autocast(self.device.type, enabled=False):
+            self._load_tables(index, tensors)
+        for name, parameter in expert.named_parameters():
+            parameter.copy_(self._convert(name, tensors[name]))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # other threads may have streams of their own
+
+    def _load_tables(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        for j in range(self.config.num_codebooks):
+            with torch.device("meta"):
+                layer = CodeEmbedding(self.config)
+            names = {part: f"codebooks.layers.{j}.{part}" for part in layer.state_dict()}
+            layer.load_state_dict({p: self._convert(name, tensors[name]) for p, name in names.items()}, assign=True)
+            self.tables[index, j] = layer.table()
 
     def _convert(self, name: str, value: Tensor) -> Tensor:
         """A private copy on the device. The embeddings' factors stay fp32: their product is rounded once, folded."""

@@ -1,13 +1,13 @@
 """Sampler, Session and ResidualSampler: the front of every decoding backend.
 
 Arguments are checked here, once and for all backends, which then see only tensors they can trust. "auto" picks a
-backend once and says why; a backend asked for by name runs or raises, it never falls back. A Sampler does not change
-after construction, and every call has a state of its own: threads may share one.
+backend once and says why; a backend asked for by name runs or raises, it never falls back. Every call has a state of
+its own, and `load_expert`, which alone changes a sampler, waits for the calls under way: threads may share one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,11 @@ from .config import SirenConfig
 from .cuda_engine import CudaDecoder
 from .engine import CpuDecoder, extension
 from .errors import BackendError, InputError
+from .expert import Expert
 from .reference import ReferenceDecoder
 from .sampling import SamplingSettings, expand_seeds
 from .triton_engine import TritonDecoder
+from .weight_updates import WeightUpdates
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 WEIGHTS = ("fp32", "bf16", "int8", "fp8")
@@ -54,11 +56,12 @@ class SampleOutput:
 class Session:
     """Sequences that are being sampled, frame by frame. Made by `Sampler.start`.
 
-    On the C++ engine threads that share a session take turns, frame by frame.
+    On the C++ engine threads that share a session take turns, frame by frame. After `Sampler.load_expert` a session
+    that was started before can be read and no more: `step` and `select` raise InputError.
     """
 
-    def __init__(self, state: Any, config: SirenConfig) -> None:
-        self._state, self._config = state, config
+    def __init__(self, state: Any, config: SirenConfig, updates: WeightUpdates, began: int) -> None:
+        self._state, self._config, self._updates, self._began = state, config, updates, began
 
     @property
     def codes(self) -> Tensor:
@@ -87,7 +90,8 @@ class Session:
         limit = self._config.max_seq_len
         if self.frame + frames > limit:
             raise InputError(f"{self.frame} + {frames} frames exceed max_seq_len, which is {limit}")
-        self._state.step(frames, on_frame)
+        with self._updates.call(self._began):
+            self._state.step(frames, on_frame)
 
     def select(self, indices: Sequence[int] | Tensor, seed: Seeds | None = None) -> None:
         """Go on with these sequences, in this order: [1, 1, 0] doubles 1, keeps 0 and drops the others.
@@ -98,19 +102,21 @@ class Session:
         if not isinstance(values, Sequence) or isinstance(values, (str, bytes)) or not len(values):
             raise InputError(f"indices must be a list of at least one sequence number, not {indices!r}")
         kept = [_whole("an index", value, 0, self.batch - 1) for value in values]
-        self._state.select(kept, None if seed is None else expand_seeds(seed, len(kept)))
+        seeds = None if seed is None else expand_seeds(seed, len(kept))
+        with self._updates.call(self._began):
+            self._state.select(kept, seeds)
 
 
 class Sampler:
     """Samples codes from prompt tokens. Needs no codec and no text encoder.
 
-    `model` is a siren.Siren (its weights are copied: later changes are not seen) or a Manifest. `backend`: "auto",
-    "reference" (plain PyTorch, on the model's device), "cpu" (the C++ engine), "triton" (kernels on a GPU, or with
-    TRITON_INTERPRET=1 in Triton's interpreter) or "cuda" (one persistent kernel on a GPU, or with SIREN_CUDA_EMULATE=1
-    its emulator on the CPU; at most 32 sequences, with guidance 16); prompts and codes stay on the CPU. `weights`:
-    "fp32" (not "cuda"), "bf16", "int8" or "fp8" ("cuda" alone; e4m3; both with a scale for each output channel, weights
-    only). `threads` of the C++ engine; None: the physical cores this process may use. Raises BackendError for a
-    backend that cannot run here, InputError for other arguments.
+    `model` is a siren.Siren (its weights are copied: later changes are not seen before `load_expert`) or a Manifest.
+    `backend`: "auto", "reference" (plain PyTorch, on the model's device), "cpu" (the C++ engine), "triton" (kernels on
+    a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter) or "cuda" (one persistent kernel on a GPU, or with
+    SIREN_CUDA_EMULATE=1 its emulator on the CPU; at most 32 sequences, with guidance 16); prompts and codes stay on the
+    CPU. `weights`: "fp32" (not "cuda"), "bf16", "int8" or "fp8" ("cuda" alone; e4m3; both with a scale for each output
+    channel, weights only). `threads` of the C++ engine; None: the physical cores this process may use. Raises
+    BackendError for a backend that cannot run here, InputError for other arguments.
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class Sampler:
     ) -> None:
         self.config = model.config
         self._decoder, self._choice = _build(model, backend, weights, threads)
+        self._updates = WeightUpdates(self.config, weights)
         if isinstance(model, Manifest):
             self.codec_path, self.prompt_encoder_name = model.codec, model.prompt_encoder
         else:
@@ -133,6 +140,23 @@ class Sampler:
     def describe(self) -> dict[str, Any]:
         """Backend, the reason it was picked, weights, device, instruction path, threads, bytes of weights."""
         return {**self._decoder.describe(), **self._choice}
+
+    def load_expert(self, index: int, expert: Expert | Mapping[str, Tensor]) -> None:
+        """Give expert `index` these weights, in place: from here on as if the sampler had been built with them.
+
+        An Expert of this model, or its tensors under their names in a state dict, any of 16 to 64 bits, on any device;
+        they are copied, and must not change meanwhile. The other experts are not touched, and beside them no more than
+        a tensor exists twice. Sessions started before raise InputError at their next `step` or `select`; their codes
+        stay readable.
+
+        Threads: a load waits for the calls of `start`, `step`, `select` and `sample` that are under way, to their last
+        frame, and calls that come meanwhile wait for the load. So an on_frame must not wait for another thread that
+        loads or samples, and calling this from one raises InputError. So does whatever is wrong with index, names,
+        shapes, types or values (NaN and infinity), before anything has changed. If memory runs out (BackendError) or
+        Ctrl-C comes while the weights are written, sampling raises InputError until the expert is loaded again.
+        """
+        index = _whole("index", index, 0, self.config.num_experts - 1)
+        self._updates.load(index, expert, self._decoder.load_expert)
 
     def start(
         self,
@@ -152,7 +176,9 @@ class Sampler:
         settings = _settings(self.config, temperature, top_k, top_p, guidance_scale)
         tokens, mask = _check_prompt(self.config, prompt, prompt_mask)
         seeds = expand_seeds(seed, len(tokens))
-        return Session(self._decoder.start(tokens, mask, seeds, settings), self.config)
+        with self._updates.call() as began:
+            state = self._decoder.start(tokens, mask, seeds, settings)
+        return Session(state, self.config, self._updates, began)
 
     def sample(
         self,
@@ -169,8 +195,9 @@ class Sampler:
         """Sample `frames` frames for every prompt; arguments as in `start` and `Session.step`."""
         frames = _whole("frames", frames, 1, self.config.max_seq_len)
         _check_callback(on_frame)
-        session = self.start(prompt, prompt_mask, seed, temperature, top_k, top_p, guidance_scale)
-        session.step(frames, on_frame)
+        with self._updates.call():  # a load does not come between
+            session = self.start(prompt, prompt_mask, seed, temperature, top_k, top_p, guidance_scale)
+            session.step(frames, on_frame)
         return SampleOutput(session.codes, session.logprobs)
 
 
@@ -182,10 +209,16 @@ class ResidualSampler:
     ) -> None:
         self.config = model.config
         self._decoder, self._choice = _build(model, backend, weights, threads, residual=True)
+        self._updates = WeightUpdates(self.config, weights)
 
     def describe(self) -> dict[str, Any]:
         """As `Sampler.describe`."""
         return {**self._decoder.describe(), **self._choice}
+
+    def load_expert(self, index: int, expert: Expert | Mapping[str, Tensor]) -> None:
+        """As `Sampler.load_expert`."""
+        index = _whole("index", index, 0, self.config.num_experts - 1)
+        self._updates.load(index, expert, self._decoder.load_expert)
 
     def __call__(
         self,
@@ -219,7 +252,9 @@ class ResidualSampler:
         if len(values) != batch:
             raise InputError(f"frame lists {len(values)} values for {batch} sequences; give one each, or one number")
         frames = np.array([_whole("frame", value, 0, (1 << 32) - 1) for value in values], dtype=np.int64)
-        return self._decoder.residual(h, start, expand_seeds(seed, batch), frames, settings)
+        seeds = expand_seeds(seed, batch)
+        with self._updates.call():
+            return self._decoder.residual(h, start, seeds, frames, settings)
 
 
 def _build(

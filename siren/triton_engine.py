@@ -44,6 +44,10 @@ class TritonDecoder:
         experts = ((entry.start_codebook, iter_tensors(entry, manifest.config)) for entry in manifest.experts)
         return cls(manifest.config, experts, weights, persistent=persistent)
 
+    def load_expert(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write these weights over those of expert `index`, tensor by tensor. No other call may be under way."""
+        self.weights.load_expert(index, tensors)
+
     def describe(self) -> dict[str, Any]:
         """What runs and where."""
         device = self.weights.device

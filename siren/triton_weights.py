@@ -120,7 +120,7 @@ class _Stack:
     def put(self, name: str, place: tuple[int, ...], value: Tensor) -> None:
         """value float32, on the CPU or the device."""
         target = self.tensors[name][place]
-        value = value.to(target.device).view(target.shape)
+        value = value.to(target.device).reshape(target.shape)
         if name in self.scales:
             scale = value.abs().amax(dim=-1) / 127
             self.scales[name][place] = scale
@@ -189,6 +189,13 @@ class TritonWeights:
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Launches inside go to this decoder's GPU."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def load_expert(self, k: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of expert k, under their checkpoint's names, where kernels and captured graphs read."""
+        with self.on_device(), torch.inference_mode():  # where the weights themselves may have been made
+            self._put_all(k, tensors)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()  # other threads may have streams of their own
 
     @property
     def sos(self) -> Tensor:
@@ -277,12 +284,15 @@ class TritonWeights:
         self._decoder.tensors["start"].zero_()
         self._decoder.put("final_norm", (), torch.ones(config.num_experts, config.dim))
         for start_codebook, tensors in experts:
-            items = tensors.items() if isinstance(tensors, Mapping) else tensors
-            for name, tensor in folded_tensors(items):
-                self._put(start_codebook // config.codes_per_expert, name, tensor.detach().float())
+            self._put_all(start_codebook // config.codes_per_expert, tensors)
             loaded += 1
         if loaded != config.num_experts:
             raise CheckpointError(f"expected {config.num_experts} experts, got {loaded}")
+
+    def _put_all(self, k: int, tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
+        items = tensors.items() if isinstance(tensors, Mapping) else tensors
+        for name, tensor in folded_tensors(items):
+            self._put(k, name, tensor.detach().float())
 
     def _put(self, k: int, name: str, value: Tensor) -> None:
         """One tensor of expert k under its checkpoint's name."""
