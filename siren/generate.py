@@ -1,6 +1,6 @@
 """Text to sound: prompts through the text encoder, codes from the sampler, sound from the codec.
 
-Left out: reranking of several candidates, and streaming sound; `siren.Session` streams codes.
+Left out: streaming sound; `siren.Session` streams codes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .codec import MAX_SECONDS, Codec
 from .config import SirenConfig
 from .errors import InputError, SamplingError
 from .manifest import GENERATION, Manifest
+from .rerank import Reward, best_first
 from .sampler import Sampler
 from .sampling import SamplingSettings, expand_seeds
 from .text import PromptEncoder
@@ -47,6 +48,7 @@ def generate(
     weights: str = "bf16",
     threads: int | None = None,
     batch_size: int = MAX_BATCH,
+    rerank: Reward | None = None,
 ) -> Audio:
     """One clip of `seconds` for each prompt, or `num_return_sequences` for each, those of one prompt side by side.
 
@@ -57,8 +59,9 @@ def generate(
     checkpoint carries or names. An integer seed s gives clip i the seed s + i, a list gives one for each clip. Up to
     `batch_size` clips (1 to 64) are decoded together; it sets speed and memory, never the sound. Where seconds,
     temperature, top_k, top_p or guidance_scale is None, it is what the checkpoint says of itself, or else 6 s, 1, 0, 1
-    and 1: plain sampling. `progress` shows a bar on stderr; on_frame(done, total) is called after each frame. Raises
-    InputError before anything is sampled, SamplingError naming the clip if the logits are not finite.
+    and 1: plain sampling. `rerank` scores the clips and puts those of each prompt in order, the best first: see
+    rerank.py. `progress` shows a bar on stderr; on_frame(done, total) is called after each frame. Raises InputError
+    before anything is sampled, SamplingError naming the clip if the logits are not finite.
     """
     check_whole("num_return_sequences", num_return_sequences, MAX_CLIPS)
     check_whole("batch_size", batch_size, MAX_BATCH)
@@ -93,7 +96,8 @@ def generate(
     codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     waveform = codec.decode(codes.to(codec.device)).cpu()
     names = [text for text in texts for _ in range(num_return_sequences)]
-    return Audio(waveform, codec.sample_rate, codes, logprobs, names)
+    audio = Audio(waveform, codec.sample_rate, codes, logprobs, names)
+    return audio if rerank is None else best_first(audio, num_return_sequences, rerank)
 
 
 def fill_in(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Best of N: the clips of each prompt in the order of their scores (the paper's reject sampling)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .audio import Audio
+from .errors import InputError
+
+# f(prompts, completions, sample_rate=, codes=) -> a number for each sound, or None; see siren.align.rewards.
+Reward = Callable[..., Sequence[float | None]]
+
+
+def best_first(audio: Audio, count: int, reward: Reward) -> Audio:
+    """The same clips with `scores`, each `count` in a row sorted: the highest score first, equal ones as they were.
+
+    reward(prompts, completions, sample_rate=, codes=) is called once: completions are float32 [samples], codes int64
+    [N, codebooks, T]. A clip without a score (None or NaN) comes last. Raises InputError if it does not give a number
+    or None for every clip.
+    """
+    waves = [wave.numpy() for wave in audio.waveform[:, 0]]
+    values = list(reward(list(audio.prompts), waves, sample_rate=audio.sample_rate, codes=audio.codes.numpy()))
+    if len(values) != len(audio):
+        raise InputError(f"rerank gave {len(values)} scores for {len(audio)} clips")
+    try:
+        scores = [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"rerank must give a number or None for each clip ({error})") from error
+    ranks = [math.inf if math.isnan(score) else -score for score in scores]
+    groups = (range(first, first + count) for first in range(0, len(scores), count))
+    order = [place for group in groups for place in sorted(group, key=ranks.__getitem__)]
+    picked = torch.tensor(order)
+    return Audio(
+        audio.waveform[picked],
+        audio.sample_rate,
+        audio.codes[picked],
+        None if audio.logprobs is None else audio.logprobs[picked],
+        [audio.prompts[i] for i in order],
+        [scores[i] for i in order],
+    )
