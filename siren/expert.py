@@ -19,7 +19,7 @@ from .errors import InputError
 from .inputs import check_inputs
 from .layers import BackboneBlock, DecoderBlock, Paths, RMSNorm, sinusoidal_positions
 from .packed import Packing, check_attention
-from .row_operations import check_kernels, linear_cross_entropy, sum_rows, unit_norm
+from .row_operations import check_kernels, linear_cross_entropy, linear_logprob, sum_rows, unit_norm
 
 
 class CodeEmbedding(nn.Module):
@@ -239,36 +239,79 @@ class Expert(nn.Module):
         kernels where they cannot run, or MissingDependencyError for a package that is not there.
         """
         check_inputs(self.config, self.sos, codes, prompt, prompt_mask, sequence_mask)
-        device = codes.device
+        paths = self._paths(codes.device, attention, kernels)
+        tables = self.tables()
+        with torch.autocast(codes.device.type, enabled=False):  # from here on the types are written out
+            rows = self._head_rows(
+                tables, codes.long(), prompt, prompt_mask, sequence_mask, paths, checkpoint_activations
+            )
+            return torch.stack([linear_cross_entropy(*row, paths.kernels) for row in rows])
+
+    def logprobs(
+        self,
+        codes: Tensor,
+        prompt: Tensor,
+        prompt_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        guidance_scale: float = 1.0,
+        *,
+        checkpoint_activations: bool = False,
+        attention: str = "sdpa",
+        kernels: bool = False,
+    ) -> Tensor:
+        """Log-probabilities of the owned codes, float32 [B, codes_per_expert, T], differentiable: the policy of eq. 7.
+
+        They are those that the sampler reports for the same temperature (above 0) and guidance: the log-softmax of
+        (uncond + guidance_scale * (cond - uncond)) / temperature, where uncond sees the null prompt, one zero token.
+        Other arguments and errors as in `loss_sums`; the logits never exist together either.
+        """
+        check_inputs(self.config, self.sos, codes, prompt, prompt_mask, None)
+        paths = self._paths(codes.device, attention, kernels)
+        batch, _, frames = codes.shape
+        tables, codes = self.tables(), codes.long()
+        with torch.autocast(codes.device.type, enabled=False):
+            rows = self._head_rows(tables, codes, prompt, prompt_mask, None, paths, checkpoint_activations)
+            if guidance_scale != 1:
+                null = prompt.new_zeros(batch, 1, prompt.shape[2])
+                uncond = self._head_rows(tables, codes, null, None, None, paths, checkpoint_activations)
+                # A head is linear, so guidance may mix its inputs in place of the logits.
+                rows = [
+                    (free + guidance_scale * (state - free), weight, targets)
+                    for (state, weight, targets), (free, _, _) in zip(rows, uncond, strict=True)
+                ]
+            values = [linear_logprob(*row, temperature, paths.kernels) for row in rows]
+            return torch.stack([value.view(batch, frames) for value in values], dim=1)
+
+    def _paths(self, device: torch.device, attention: str, kernels: bool) -> Paths:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.sos.dtype
         check_attention(attention, device, dtype)
         if kernels:
             check_kernels(device, dtype)
-        tables = self.tables()
-        with torch.autocast(device.type, enabled=False):  # from here on the types are written out
-            tables = tables.to(torch.promote_types(self.sos.dtype, torch.float32))
-            paths = Paths(dtype, attention, kernels)
-            return self._loss_sums(
-                codes.long(), tables, prompt, prompt_mask, sequence_mask, paths, checkpoint_activations
-            )
+        return Paths(dtype, attention, kernels)
 
-    def _loss_sums(
+    def _head_rows(
         self,
-        codes: Tensor,
         tables: Tensor,
+        codes: Tensor,
         prompt: Tensor,
         prompt_mask: Tensor | None,
         sequence_mask: Tensor | None,
         paths: Paths,
         checkpoint_activations: bool,
-    ) -> Tensor:
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each head its inputs [N, dim] in all N valid frames, its weight [V, dim] and the codes [N] it is to say.
+
+        The norm before the heads is without its weight, which is folded into theirs.
+        """
+
         def run(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
             if not checkpoint_activations or not torch.is_grad_enabled():
                 return function(*inputs)
             return checkpoint(function, *inputs, use_reentrant=False)
 
         batch, _, length = codes.shape
+        tables = tables.to(torch.promote_types(self.sos.dtype, torch.float32))
         frames = Packing.of(batch, length, sequence_mask, codes.device)
         tokens = Packing.of(batch, prompt.shape[1], prompt_mask, codes.device)
         prompt = prompt.to(self.sos.dtype)
@@ -293,12 +336,12 @@ class Expert(nn.Module):
                 x = run(decoder_block.packed, x + positions, paths, int(last))  # no head reads position 0
             norm = self.factorized_norm
         x = unit_norm(x, norm.eps, paths.dtype)
-        losses = []
+        rows = []
         for i, head in enumerate(self.heads):
             state = x[:, i] if self.factorized_blocks else x
             weight = (cast(nn.Linear, head).weight * norm.weight).to(paths.dtype)
-            losses.append(linear_cross_entropy(state, weight, targets[:, self.start_codebook + i], paths.kernels))
-        return torch.stack(losses)
+            rows.append((state, weight, targets[:, self.start_codebook + i]))
+        return rows
 
 
 def _causal_mask(sequence_mask: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from .errors import BackendError, InputError, MissingDependencyError
 
@@ -248,3 +249,22 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, kernels: bo
         return kernel(x, weight, targets).sum()
     # Inside, grad mode is always off, and needs_input_grad does not know of no_grad.
     return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
+
+
+def linear_logprob(x: Tensor, weight: Tensor, codes: Tensor, temperature: float, kernels: bool) -> Tensor:
+    """Log-probability of codes [N] under softmax(x @ weight.T / temperature), [N] in float32, or x's type if wider.
+
+    x [N, dim], weight [V, dim] of x's type. Only a part of the logits exists at a time, in the backward pass too.
+    """
+    if kernels:
+        from .kernels.linear_logprob import linear_logprob as kernel
+
+        return kernel(x, weight, codes, temperature=temperature)[0]
+    size = max(1, (LOSS_NUMBERS if x.device.type == "cpu" else 32 * LOSS_NUMBERS) // len(weight))
+    parts = zip(x.split(size), codes.split(size), strict=True)
+    return torch.cat([checkpoint(_logprob, *part, weight, temperature, use_reentrant=False) for part in parts])
+
+
+def _logprob(x: Tensor, codes: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = _wide(functional.linear(x, weight)) / temperature
+    return logits.log_softmax(1).gather(1, codes.unsqueeze(1)).squeeze(1)

@@ -24,6 +24,7 @@ from ..expert import Expert
 from .batches import Batch, Batches, dropout_seed, prefetch
 from .distributed import World, copied, reduce_gradients, take_over, whole
 from .logs import Logs
+from .optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from .schedule import learning_rate
 from .settings import TrainSettings
 from .state import latest_state, read_state, write_state
@@ -103,7 +104,9 @@ class _Training:
             self.plain = torch.compile(PlainLoss(self.expert), dynamic=False)  # type: ignore[assignment]
         self.module: nn.Module = copied(self.plain, world) if world.size > 1 and not self.shared else self.plain
         self.parameters = {name: p for name, p in self.expert.named_parameters() if p.requires_grad}
-        self.optimizer = _optimizer(settings, list(self.parameters.values()), world.device, self.shared)
+        self.optimizer = make_optimizer(
+            self.parameters, settings.learning_rate, settings.betas, settings.weight_decay, world.device, self.shared
+        )
         self.step = 0
         self.saved = -1
         self.pending: list[tuple[float, Tensor, Tensor | None]] = []  # of updates that are not logged yet
@@ -278,11 +281,7 @@ class _Training:
         if self.saved == self.step:
             return
         model = {name: whole(tensor).cpu() for name, tensor in self.expert.state_dict().items()}
-        optimizer = {
-            f"{key}/{name}": whole(value).cpu()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
+        optimizer = optimizer_tensors(self.optimizer, self.parameters)
         values = {
             "step": self.step,
             "total_steps": self.job.total,
@@ -305,30 +304,9 @@ class _Training:
         own = self.expert.state_dict()
         for name, target in own.items():
             take_over(target, state.model[name])
-        for name, parameter in self.parameters.items():
-            slots: dict[str, Tensor] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                saved = state.optimizer[f"{key}/{name}"]
-                if key == "step":
-                    fused = self.optimizer.param_groups[0]["fused"]
-                    slots[key] = saved.to(parameter.device if fused else "cpu")
-                else:
-                    slots[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                    take_over(slots[key], saved)
-            self.optimizer.state[parameter] = slots
+        load_optimizer(self.optimizer, self.parameters, state.optimizer)
         self.step = self.saved = int(state.values["step"])
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _optimizer(
-    settings: TrainSettings, parameters: Sequence[nn.Parameter], device: torch.device, shared: bool
-) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = device.type in ("cpu", "cuda") and not (shared and device.type == "cpu")
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=fused)
