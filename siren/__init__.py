@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .aligner import Aligner
     from .audio import Audio
     from .codec import Codec
     from .config import SirenConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Aligner",
     "Audio",
     "BackendError",
     "CheckpointError",
@@ -47,6 +49,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Aligner": "aligner",
     "Audio": "audio",
     "Codec": "codec",
     "PromptEncoder": "text",

@@ -1,4 +1,4 @@
-"""`siren train` and `siren train-codec`: each is one function of siren.train or of a codec's training."""
+"""`siren train`, `siren train-codec` and `siren train-aligner`: each is one function of the module that trains it."""
 
 from __future__ import annotations
 
@@ -111,6 +111,39 @@ def train_codec(
         typer.echo(f"{out}: {last}")
     else:
         raise InputError(f"--kind must be spectral or dac, not {kind!r}")
+
+
+def train_aligner(
+    sources: Annotated[list[Path], typer.Argument(metavar="CLIPFOLDER...", help="Folders with clips.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Aligner folder to make.")],
+    codec: Annotated[
+        str | None, typer.Option(help="Codec folder: half of the sounds are what it makes of them.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the clips.")] = 25,
+    batch_size: Annotated[int, typer.Option(help="Clips that are told apart at once.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 1e-3,
+    seconds: Annotated[float, typer.Option(help="Of a sound that are heard.")] = 4.0,
+    val_fraction: Annotated[float, typer.Option(help="Share of the clips that is held out, as in train.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same aligner.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+) -> None:
+    """Train an aligner, which says offline how well a sound fits a text, on the sounds and captions of clip folders."""
+    from .aligner import AlignerConfig
+    from .aligner_training import train_aligner as run
+
+    aligner, scores = run(
+        sources,
+        out,
+        codec,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        val_fraction=val_fraction,
+        seed=seed,
+        device=device,
+        config=AlignerConfig(seconds=seconds),
+    )
+    typer.echo("\n".join([f"{out}: {aligner!r}", *(f"{name}: {score}" for name, score in scores.items())]))
 
 
 def _experts(text: str) -> str | list[int]:

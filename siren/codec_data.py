@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data.clips import read_clip_folder
+from .data.clips import ClipRecord, read_clip_folder
 from .data.sound import read_sound
 from .errors import DataError, InputError
 
@@ -25,13 +25,23 @@ def read_clips(sources: Sequence[str | Path], progress: bool = True) -> list[np.
     if isinstance(sources, (str, Path)) or not sources:
         raise InputError("sources must be a list of clip folders")
     records = [record for source in sources for record in read_clip_folder(source)]
-    sounds, failed = [], []
+    return [sound for sound in read_sounds(records, progress) if sound is not None]
+
+
+def read_sounds(records: Sequence[ClipRecord], progress: bool = True) -> list[np.ndarray | None]:
+    """The sound of each clip, int16 [S] at 16 kHz; None for one that cannot be read, and it says so.
+
+    Raises DataError if none can be read.
+    """
+    sounds: list[np.ndarray | None] = []
+    failed = []
     for record in tqdm(records, desc="read sounds", disable=not progress or not sys.stderr.isatty()):
         try:
             sounds.append((read_sound(record.path) * 32767).round().astype(np.int16))
         except DataError as error:
+            sounds.append(None)
             failed.append(str(error))
-    if not sounds:
+    if failed and len(failed) == len(records):
         raise DataError(f"none of the {len(records)} sounds can be read; the first: {failed[0]}")
     if failed:
         print(f"{len(failed)} of {len(records)} sounds left out; the first: {failed[0]}", file=sys.stderr)
