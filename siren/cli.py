@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_data, cli_train
+from . import cli_align, cli_data, cli_train
 from .errors import InputError, MissingDependencyError, SirenError
 from .manifest import MINI
 
@@ -25,6 +25,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 app.add_typer(cli_data.app, name="data")
 app.command()(cli_train.train)
 app.command()(cli_train.train_codec)
+app.command()(cli_train.train_aligner)
+app.command()(cli_align.align)
 
 _BESIDE = "<beside>"  # --picture without a path
 
