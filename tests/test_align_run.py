@@ -206,10 +206,11 @@ def test_rewards_that_fail(tmp_path: Path, inputs: dict[str, Any]) -> None:
         return values
 
     align(settings(inputs, tmp_path / "moody", reward_funcs=[moody], eval_every=0, eval_prompts=0))
-    lines = [line for line in metrics(tmp_path / "moody") if "reward" in line]
+    lines = [line for line in metrics(tmp_path / "moody") if "missing_rewards" in line]
     assert [line["missing_rewards"] for line in lines] == [2, 2, 12, 2, 2, 2]
     assert "ValueError" in lines[2]["failures"]
     assert lines[2]["kept"] == 0
+    assert not [name for name in lines[2] if name.startswith("reward")]  # neither 0 nor NaN stands for what is missing
 
     def broken(*_: Any, **__: Any) -> list[float]:
         raise RuntimeError("gone")

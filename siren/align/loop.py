@@ -101,7 +101,7 @@ class Alignment:
                 record = self.one_step()
                 if self.logs is not None:
                     self.logs.write(record)
-                bar.set_postfix(reward=f"{record['reward']:.3f}", refresh=False)
+                bar.set_postfix(reward=f"{record.get('reward', math.nan):.3f}", refresh=False)
                 bar.update()
                 signal = world.largest(self.stop.received)
                 last = self.step == settings.max_steps
@@ -143,8 +143,11 @@ class Alignment:
         sums = world.total(
             torch.tensor([rewards[known].sum(), known.sum(), sum(spread, torch.tensor(0.0)), len(spread)])
         ).tolist()
-        record = {"step": self.step, "reward": _ratio(sums[0], sums[1]), "reward_std": _ratio(sums[2], sums[3])}
-        record |= {f"reward_{name}": float(part.nanmean()) for name, part in rollouts.parts.items()}
+        record: dict[str, Any] = {"step": self.step}
+        if sums[1]:  # a step without rewards has none to log
+            record |= {"reward": sums[0] / sums[1], "reward_std": sums[2] / sums[3]}
+        means = {f"reward_{name}": float(part.nanmean()) for name, part in rollouts.parts.items()}
+        record |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # JSON has no NaN
         record |= learned | {"learning_rate": rate, "missing_rewards": int((~known).sum())}
         record |= {f"{name}_seconds": round(value, 4) for name, value in rollouts.seconds.items()}
         record["update_seconds"] = round(time.perf_counter() - start, 4)
