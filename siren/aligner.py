@@ -34,7 +34,7 @@ from .text import PromptEncoder
 
 MODEL_TYPE = "siren-aligner"
 ENCODER = "minilm"
-_MINI_FOLDER = Path(__file__).parent / "models" / MINI / "aligner"
+_MINI_FOLDER = Path(__file__).parent / "models" / f"{MINI}-aligner"
 _SILENCE = -9.0  # log10 of a band's power below which nothing counts as heard; a full-scale sine has power 1
 _RANGE = 8.0  # powers of ten below a clip's loudest band that are seen
 _CACHED_TEXTS = 1024  # 0.5 KB each

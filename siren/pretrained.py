@@ -126,7 +126,7 @@ def check_weights(
             some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise CheckpointError(f"{where} {title} {some}; it does not fit its configuration")
     checked = {}
-    for name, tensor in state.items():
+    for name, tensor in sorted(state.items()):  # safetensors gives them in any order; an error names the first
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(tensor.shape)}, its configuration asks {list(wanted[name].shape)}"

@@ -154,29 +154,35 @@ def _unmix(mel: Tensor, filterbank: Tensor) -> Tensor:
     tiny = 1e-12
     power = filterbank.T @ (mel / filterbank.sum(dim=1, keepdim=True)) + tiny
     wanted = filterbank.T @ mel
-    gram = filterbank.T @ filterbank
     for _ in range(_UNMIX_STEPS):
-        power = power * wanted / (gram @ power + tiny)
+        power = power * wanted / (filterbank.T @ (filterbank @ power) + tiny)
     return power
 
 
 def _find_phases(magnitude: Tensor, window: Tensor, step: int, iterations: int) -> Tensor:
-    """Sound whose spectrum has nearly these magnitudes [bins, steps]: fast Griffin-Lim from fixed random phases."""
+    """Sound whose spectrum has nearly these magnitudes [bins, steps]: fast Griffin-Lim from fixed random phases.
+
+    Step by step in memory, so that each Fourier transform reads and writes one run of it.
+    """
     length, steps = window.numel(), magnitude.shape[1]
+    magnitude = magnitude.T.contiguous()
     generator = torch.Generator().manual_seed(0)
-    angle = torch.rand(magnitude.shape[::-1], generator=generator).T.to(magnitude.device) * (2 * torch.pi)
-    phase = torch.polar(torch.ones_like(angle), angle)
-    samples = (steps - 1) * step + length
+    angle = torch.rand(magnitude.shape, generator=generator).to(magnitude.device) * (2 * torch.pi)
+    wanted = torch.polar(magnitude, angle)
 
-    def overlap_add(columns: Tensor) -> Tensor:
-        return nn.functional.fold(columns[None], (1, samples), (1, length), stride=(1, step))[0, 0, 0]
+    def overlap_add(rows: Tensor) -> Tensor:
+        total = rows.new_zeros(steps + -(-length // step) - 1, step)
+        for i, piece in enumerate(rows.split(step, dim=1)):
+            total[i : i + steps, : piece.shape[1]] += piece
+        return total.flatten()[: (steps - 1) * step + length]
 
-    weight = overlap_add(window.square()[:, None].expand(length, steps)).clamp(min=1e-3)
-    previous = torch.zeros_like(phase)
+    weight = 1 / overlap_add(window.square().expand(steps, length)).clamp(min=1e-3)
+    moved = torch.zeros(*wanted.shape, 2, device=magnitude.device)  # complex numbers as pairs: their abs and / are slow
     for _ in range(iterations):
-        sound = overlap_add(torch.fft.irfft(magnitude * phase, length, dim=0) * window[:, None]) / weight
-        spectrum = torch.stft(sound, length, step, window=window, center=False, return_complex=True)
-        moved = spectrum + _MOMENTUM * (spectrum - previous)
-        previous = spectrum
-        phase = moved / (moved.abs() + 1e-9)
-    return overlap_add(torch.fft.irfft(magnitude * phase, length, dim=0) * window[:, None]) / weight
+        sound = overlap_add(torch.fft.irfft(wanted, length) * window) * weight
+        spectrum = torch.view_as_real(torch.fft.rfft(sound.unfold(0, length, step) * window))
+        moved.mul_(-_MOMENTUM).add_(spectrum, alpha=1 + _MOMENTUM)  # spectrum + momentum (spectrum - previous)
+        scale = moved[..., 0].square().addcmul_(moved[..., 1], moved[..., 1]).add_(1e-18).rsqrt_() * magnitude
+        torch.mul(moved, scale[..., None], out=torch.view_as_real(wanted))
+        moved = spectrum
+    return overlap_add(torch.fft.irfft(wanted, length) * window) * weight
