@@ -1,0 +1,131 @@
+"""The tables and the picture of benchmarks/alignment.py, and the intervals in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from siren.pretrained import missing
+
+_RESAMPLES = 10_000
+_HEAD = """# What alignment did to siren-mini
+
+Written by `python benchmarks/alignment.py`, whose docstring says how."""
+_PAIRS = (("anti-causal", "causal"), ("anti-causal", "dpo"), ("anti-causal", "first-two"), ("anti-causal", "guided"))
+
+Array = npt.NDArray[np.float64]
+
+
+def interval(values: Array, resamples: int = _RESAMPLES) -> tuple[float, float]:
+    """95% of the mean of values [seeds, prompts], by bootstrap over prompts and seeds, each drawn by itself.
+
+    The prompts are the same for all seeds, so they are drawn for all at once. One seed: over prompts alone.
+    """
+    rng = np.random.default_rng(0)
+    seeds, prompts = values.shape
+    means = np.empty(resamples)
+    for i in range(resamples):
+        rows = values[rng.integers(0, seeds, seeds)].mean(axis=0)
+        means[i] = rows[rng.integers(0, prompts, prompts)].mean()
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+class Scores:
+    """The judged rewards as arrays: of an arm and a guidance scale [seeds, prompts], means over a prompt's sounds.
+
+    Prompts that lack a reward anywhere are left out everywhere, so that all differences are of the same prompts.
+    """
+
+    def __init__(self, value: dict[str, Any]) -> None:
+        rows = [(row["arm"], row["guidance_scale"], _means(row["rewards"])) for row in value["scores"]]
+        known = np.isfinite([means for _, _, means in rows]).all(axis=0)
+        self.prompts, self.left_out = int(known.sum()), int((~known).sum())
+        self.sounds = len(value["scores"][0]["rewards"][0])
+        self.scales = sorted({scale for _, scale, _ in rows})
+        self.rewards: dict[tuple[str, float], Array] = {}
+        for arm, scale in dict.fromkeys((arm, scale) for arm, scale, _ in rows):
+            parts = [means[known] for a, s, means in rows if (a, s) == (arm, scale)]
+            self.rewards[arm, scale] = np.stack(parts)
+
+    def gain(self, arm: str, scale: float, before: tuple[str, float]) -> Array:
+        """Reward minus that of the model before, [seeds, prompts]."""
+        return self.rewards[arm, scale] - self.rewards[before]
+
+
+def report(value: dict[str, Any]) -> str:
+    """Markdown: the reward of every arm, what it gained, and the differences between arms."""
+    about, scores = value["about"], Scores(value)
+    options, before = about["options"], value["before"]
+    lines = [
+        _HEAD,
+        "",
+        f"{options['model']}, {options['steps']} steps of {options['prompts_per_step']} prompts with "
+        f"{options['num_generations']} rollouts of {options['seconds']:g} s, {options['num_iterations']} updates a "
+        f"step, learning rate {options['learning_rate']:g} down to a tenth. Judged on {scores.prompts} held-out prompts"
+        + (f" ({scores.left_out} without a reward left out)" if scores.left_out else "")
+        + f", {scores.sounds} sounds each, temperature 1. Reward: {value['reward'][:32]}..., {about['date'][:10]}, "
+        f"commit {about['commit']}.",
+        "",
+        "| Arm | Judged with guidance | Seeds | Reward | Gain | 95% | Gain of each seed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for (arm, scale), rewards in scores.rewards.items():
+        cells = [arm, f"{scale:g}", "", f"{rewards.mean():.3f}", "", "", ""]
+        if arm != before:
+            gain = scores.gain(arm, scale, (before, scale))
+            each = ", ".join(f"{row.mean():+.3f}" for row in gain)
+            cells[2], cells[4:] = str(len(rewards)), [f"{gain.mean():+.3f}", _bounds(gain), each]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| Difference of gains | Mean | 95% |", "| --- | ---: | ---: |"]
+    for first, second in _PAIRS:
+        if (first, 1.0) in scores.rewards and (second, 1.0) in scores.rewards:
+            difference = scores.rewards[first, 1.0] - scores.rewards[second, 1.0]
+            lines.append(f"| {first} minus {second} | {difference.mean():+.3f} | {_bounds(difference)} |")
+    for arm, scale in scores.rewards:
+        if scale != 1 and arm == before:
+            difference = scores.rewards[arm, scale] - scores.rewards[before, 1.0]
+            lines.append(
+                f"| guidance {scale:g} alone, without alignment | {difference.mean():+.3f} | {_bounds(difference)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw_curves(value: dict[str, Any]) -> bytes:
+    """PNG: mean held-out reward over the steps of each arm, a faint line for each seed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("matplotlib", "pictures") from error
+
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    arms: dict[str, list[dict[str, Sequence[float]]]] = {}
+    for name, curve in value["curves"].items():
+        arms.setdefault(name.rpartition(" ")[0], []).append(curve)
+    for i, (arm, curves) in enumerate(arms.items()):
+        for curve in curves:
+            axes.plot(curve["held_out_steps"], curve["held_out_rewards"], color=f"C{i}", alpha=0.3, linewidth=1)
+        mean = np.mean([curve["held_out_rewards"] for curve in curves], axis=0)
+        axes.plot(curves[0]["held_out_steps"], mean, color=f"C{i}", linewidth=2, marker="o", label=arm)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("reward on held-out prompts")
+    axes.legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _means(rewards: Sequence[Sequence[float | None]]) -> Array:
+    """[prompts], NaN for a prompt one of whose sounds has no reward."""
+    return np.array([[np.nan if value is None else value for value in row] for row in rewards]).mean(axis=1)
+
+
+def _bounds(values: Array) -> str:
+    return "{:+.3f} to {:+.3f}".format(*interval(values))

@@ -1,0 +1,128 @@
+"""The alignment benchmark: its intervals and tables with made-up rewards, and all of it once on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_runs import TINY, make_data
+from typer.testing import CliRunner
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import typer
+from alignment import run
+from alignment_report import Scores, draw_curves, interval, report
+
+import siren
+from siren.errors import InputError
+
+
+def few_high_codes(prompts: list[str], completions: list[Any], codes: np.ndarray, **_: Any) -> list[float]:
+    """A reward that the runs' processes can import. A rollout whose first code is 7 has none."""
+    return [float(np.nan) if row[0, 0] == 7 else float((row[:2] < 512).mean()) for row in codes]
+
+
+def test_the_interval_of_one_seed_is_that_of_a_mean() -> None:
+    """Within a tenth of the textbook's width, which is known within its own bootstrap error at 10,000 resamples."""
+    values = np.random.default_rng(1).normal(0.3, 2.0, (1, 400))
+    low, high = interval(values)
+    error = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - error, abs=error / 10)
+    assert high == pytest.approx(values.mean() + error, abs=error / 10)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    """What a prompt gains is the same for every prompt, and all that varies is the seed; and the other way round."""
+    seeds = np.array([[0.0], [0.1], [0.2]]) + np.zeros((3, 50))
+    low, high = interval(seeds)
+    assert low < 0.05 and high > 0.15
+    low, high = interval(np.full((3, 50), 0.1))
+    assert low == pytest.approx(0.1) and high == pytest.approx(0.1)
+
+
+def made_up() -> dict[str, Any]:
+    """Two seeds of an arm that gains 0.1 and 0.3, two prompts, and a third one that once lacks a reward."""
+
+    def row(arm: str, seed: int, rewards: list[list[float | None]], scale: float = 1.0) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "guidance_scale": scale, "rewards": rewards}
+
+    return {
+        "about": {"options": {
+            "model": "m", "steps": 4, "prompts_per_step": 2, "num_generations": 3, "seconds": 1.0,
+            "num_iterations": 1, "learning_rate": 1e-3,
+        }, "date": "2026-11-23", "commit": "abc"},
+        "reward": "r",
+        "before": "before",
+        "curves": {
+            f"anti-causal {s}": {"rewards": [0.1], "held_out_steps": [0, 4], "held_out_rewards": [0.1, 0.2]}
+            for s in (0, 1)
+        },
+        "scores": [
+            row("before", -1, [[0.0, 0.2], [0.4, 0.6], [5.0, 5.0]]),
+            row("before", -1, [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]], 3.0),
+            row("anti-causal", 0, [[0.1, 0.3], [0.5, 0.7], [5.0, None]]),
+            row("anti-causal", 1, [[0.3, 0.5], [0.7, 0.9], [9.0, 9.0]]),
+            row("causal", 0, [[0.0, 0.2], [0.4, 0.6], [9.0, 9.0]]),
+        ],
+    }  # fmt: skip
+
+
+def test_the_tables_say_what_was_measured() -> None:
+    """Gains are paired by prompt and noise, and a prompt without a reward somewhere counts nowhere."""
+    value = made_up()
+    scores = Scores(value)
+    assert (scores.prompts, scores.left_out, scores.sounds) == (2, 1, 2)
+    assert scores.gain("anti-causal", 1.0, ("before", 1.0)) == pytest.approx(np.array([[0.1] * 2, [0.3] * 2]))
+    text = report(value)
+    assert "2 held-out prompts (1 without a reward left out), 2 sounds each" in text
+    assert "| anti-causal | 1 | 2 | 0.500 | +0.200 | +0.100 to +0.300 | +0.100, +0.300 |" in text
+    assert "| causal | 1 | 1 | 0.300 | +0.000 | +0.000 to +0.000 | +0.000 |" in text
+    assert "| anti-causal minus causal | +0.200 | +0.100 to +0.300 |" in text
+    assert "| guidance 3 alone, without alignment | +0.200 |" in text
+    pytest.importorskip("matplotlib")
+    assert draw_curves(value)[:4] == b"\x89PNG"
+
+
+def test_all_of_it(tmp_path: Path) -> None:
+    """Runs, judging, tables; a second call does nothing again and says the same; the arms that must differ do."""
+    made = make_data(tmp_path)
+    codec = siren.Codec.from_pretrained(made["codec"])
+    model = siren.Siren(TINY)
+    model.set_decode_embeddings(codec.decode_embeddings())
+    model.save_pretrained(tmp_path / "model", codec)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(run)
+    options = {
+        "tokens": made["data"], "out": tmp_path / "out", "model": tmp_path / "model", "seeds": "3",
+        "reward": "test_alignment_benchmark:few_high_codes", "arms": "anti-causal,guided", "steps": 2,
+        "prompts-per-step": 2, "num-generations": 3, "num-iterations": 1, "seconds": 0.1, "val-fraction": 0.2,
+        "sounds": 2, "eval-every": 1, "eval-prompts": 3, "results": tmp_path / "r.json",
+    }  # fmt: skip
+    command = [part for name, given in options.items() for part in (f"--{name}", str(given))]
+    first = CliRunner().invoke(app, command, catch_exceptions=False)
+    value = json.loads((tmp_path / "r.json").read_text())
+    assert [(row["arm"], row["guidance_scale"]) for row in value["scores"]] == [
+        *(("before", 1.0), ("before", 3.0)),
+        *(("anti-causal", 1.0), ("guided", 1.0), ("anti-causal", 3.0), ("guided", 3.0)),
+    ]
+    assert all(np.shape(row["rewards"]) == (3, 2) for row in value["scores"])
+    assert value["curves"]["guided 3"]["held_out_steps"] == [0, 1, 2]
+    assert value["curves"]["guided 3"]["rewards"] != value["curves"]["anti-causal 3"]["rewards"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    again = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert again.stdout == first.stdout
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize(("name", "words"), [("arms", "anti-causal, causal"), ("seeds", "whole numbers")])
+def test_what_is_refused(tmp_path: Path, name: str, words: str) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(run)
+    with pytest.raises(InputError, match=words):
+        CliRunner().invoke(app, [f"--{name}", "x", "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
