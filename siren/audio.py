@@ -26,9 +26,9 @@ class Audio:
     """N clips of one length.
 
     waveform float32 [N, 1, samples] within -1..1; sample_rate in Hz; codes int64 [N, codebooks, frames]; logprobs
-    float32 of the codes' shape, or None; prompts and scores (of reranking; NaN where there is none), one for each clip,
-    or empty. Indexing, also by a slice, gives an Audio of those clips. Raises InputError if the parts do not fit
-    together or the waveform holds NaN or infinity.
+    float32 of the codes' shape, or None; prompts, scores (of reranking; NaN where there is none) and seeds (that make
+    the clip again), one for each clip, or empty. Indexing, also by a slice, gives an Audio of those clips. Raises
+    InputError if the parts do not fit together or the waveform holds NaN or infinity.
     """
 
     waveform: torch.Tensor
@@ -37,6 +37,7 @@ class Audio:
     logprobs: torch.Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         wave, codes = self.waveform, self.codes
@@ -52,7 +53,7 @@ class Audio:
             raise InputError("codes must be an int64 tensor of shape [clips, codebooks, frames]")
         if len(codes) != len(wave) or (self.logprobs is not None and self.logprobs.shape != codes.shape):
             raise InputError("waveform, codes and logprobs must be of the same clips")
-        for name, values in (("prompts", self.prompts), ("scores", self.scores)):
+        for name, values in (("prompts", self.prompts), ("scores", self.scores), ("seeds", self.seeds)):
             if values and len(values) != len(wave):
                 raise InputError(f"there are {len(values)} {name} for {len(wave)} clips")
 
@@ -67,8 +68,8 @@ class Audio:
     def __getitem__(self, index: int | slice) -> Audio:
         picked = index if isinstance(index, slice) else slice(self._check_index(index), self._check_index(index) + 1)
         logprobs = None if self.logprobs is None else self.logprobs[picked]
-        texts, scores = self.prompts[picked], self.scores[picked]
-        return Audio(self.waveform[picked], self.sample_rate, self.codes[picked], logprobs, texts, scores)
+        lists = self.prompts[picked], self.scores[picked], self.seeds[picked]
+        return Audio(self.waveform[picked], self.sample_rate, self.codes[picked], logprobs, *lists)
 
     def __iter__(self) -> Iterator[Audio]:
         return (self[i] for i in range(len(self)))

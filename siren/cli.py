@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from .manifest import MINI
 
 if TYPE_CHECKING:
     from .audio import Audio
+    from .rerank import Reward
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app, name="data")
@@ -51,6 +52,12 @@ def generate(
         float | None, typer.Option(help="Above 1: follow the prompt more closely; by default the model's, else 1.")
     ] = None,
     n: Annotated[int, typer.Option(help="Clips for each prompt.")] = 1,
+    best_of: Annotated[
+        int, typer.Option(metavar="N", help="Generate N clips for each prompt and write the best; --n of them.")
+    ] = 1,
+    rerank: Annotated[
+        str | None, typer.Option(metavar="REWARD", help="What the best is: as --reward of align; by default aligner.")
+    ] = None,
     picture: Annotated[
         str | None, typer.Option(metavar="[PATH.png]", help="Draw the sound too; without a path, beside it.")
     ] = None,
@@ -66,6 +73,7 @@ def generate(
     """Generate sound from a prompt, or from each line of a .jsonl file.
 
     A line of the file is {"prompt": "..."} and, if wanted, "id" (it names the files), "seed" and "seconds".
+    With --best-of or --rerank the clips of a prompt are in the order of their scores, the best first.
     """
     from .generate import MAX_CLIPS, check_whole, fill_in
     from .generate import generate as generate_audio
@@ -74,6 +82,7 @@ def generate(
     from .sampling import SamplingSettings
 
     check_whole("--n", n, MAX_CLIPS)
+    check_whole("--best-of", best_of, MAX_CLIPS)
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("pictures need matplotlib: pip install 'siren[pictures]'")
     if out_dir is None:
@@ -84,14 +93,17 @@ def generate(
     manifest = read_manifest(model)
     given = {"seconds": seconds, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = fill_in(manifest, given | {"guidance_scale": guidance_scale})
+    reward = _reward(rerank or "aligner") if best_of > 1 or rerank is not None else None
     if out_dir is not None:
-        jobs = read_jobs(source, options.pop("seconds"), seed, n)
+        jobs = read_jobs(source, options.pop("seconds"), seed, n, best_of)
         results = generate_jobs(
             jobs,
             manifest,
             out_dir,
             SamplingSettings(**options),
             count=n,
+            candidates=best_of,
+            rerank=reward,
             batch_size=batch_size,
             codec=codec,
             encoder=encoder,
@@ -109,7 +121,8 @@ def generate(
         source,
         **options,
         seed=seed,
-        num_return_sequences=n,
+        num_return_sequences=max(n, best_of),
+        rerank=reward,
         progress=sys.stderr.isatty(),
         codec=codec,
         encoder=encoder,
@@ -118,7 +131,7 @@ def generate(
         threads=threads,
         batch_size=batch_size,
     )
-    _save(audio, targets)
+    _save(audio[:n], targets)
     for paths in targets:
         typer.echo("\n".join(map(str, paths)))
 
@@ -229,6 +242,23 @@ def _check_out(prompt: str, out: Path | None, picture: str | None, n: int) -> li
         if path.is_dir():
             raise InputError(f"{path} is a folder")
     return targets
+
+
+def _reward(name: str) -> Reward:
+    """The reward of that name; what it raises when it is called is an error of whoever named it."""
+    from .align.rewards import load_reward
+
+    function = load_reward(name)
+
+    def reward(*given: Any, **more: Any) -> Sequence[float | None]:
+        try:
+            return function(*given, **more)
+        except SirenError:
+            raise
+        except Exception as error:
+            raise InputError(f"the reward {name!r} failed ({type(error).__name__}: {error})") from error
+
+    return reward
 
 
 def _numbered(path: Path, n: int) -> list[Path]:

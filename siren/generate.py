@@ -96,7 +96,7 @@ def generate(
     codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     waveform = codec.decode(codes.to(codec.device)).cpu()
     names = [text for text in texts for _ in range(num_return_sequences)]
-    audio = Audio(waveform, codec.sample_rate, codes, logprobs, names)
+    audio = Audio(waveform, codec.sample_rate, codes, logprobs, names, seeds=seeds)
     return audio if rerank is None else best_first(audio, num_return_sequences, rerank)
 
 

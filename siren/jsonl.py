@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .audio import write_files
 from .errors import InputError, SamplingError, SirenError
 from .generate import MAX_BATCH, MAX_CLIPS, check_request, check_whole, find_codec, find_encoder, find_sampler, generate
 from .manifest import Manifest
+from .rerank import Reward
 from .sampling import SamplingSettings, expand_seeds
 
 RESULTS = "results.jsonl"
@@ -39,13 +41,15 @@ class Job:
         return [self.id] if count == 1 else [f"{self.id}-{i:0{len(str(count - 1))}}" for i in range(count)]
 
 
-def read_jobs(path: str | Path, seconds: float, seed: int, count: int) -> list[Job]:
+def read_jobs(path: str | Path, seconds: float, seed: int, count: int, candidates: int = 1) -> list[Job]:
     """The lines of a file: {"prompt": ...} each, and if wanted "id", "seed" and "seconds". Blank lines are skipped.
 
-    `count` clips are meant for each. A line without an id is named by its number; prompt i of the file, if it says no
-    seed, has seed + i * count. Raises InputError naming the line.
+    `count` clips are meant for each, out of `candidates` if those are more. A line without an id is named by its
+    number; prompt i of the file, if it says no seed, has seed + i * max(count, candidates). Raises InputError naming
+    the line.
     """
     check_whole("the number of clips for a prompt", count, MAX_CLIPS)
+    check_whole("the number of candidates", candidates, MAX_CLIPS)
     path = Path(path).expanduser()
     try:
         with path.open("rb") as file:
@@ -65,7 +69,7 @@ def read_jobs(path: str | Path, seconds: float, seed: int, count: int) -> list[J
     names: dict[str, str] = {}
     for i, (number, line) in enumerate(lines):
         where = f"{path}, line {number}"
-        defaults = {"id": f"{number:0{width}}", "seed": seed + i * count, "seconds": seconds}
+        defaults = {"id": f"{number:0{width}}", "seed": seed + i * max(count, candidates), "seconds": seconds}
         job = _parse(line, where, defaults)
         for name in job.names(count):
             if names.setdefault(name.casefold(), where) != where:
@@ -107,6 +111,8 @@ def generate_jobs(
     folder: str | Path,
     settings: SamplingSettings,
     count: int = 1,
+    candidates: int = 1,
+    rerank: Reward | None = None,
     batch_size: int = 8,
     codec: str | Path | None = None,
     encoder: str | Path | None = None,
@@ -119,6 +125,7 @@ def generate_jobs(
 ) -> Path:
     """Generate `count` WAV files for every job into `folder`, and return the path of its results.jsonl.
 
+    They are the first of max(count, candidates) clips, by `rerank` the best first if it is given (rerank.py).
     Jobs of equal length are decoded together, up to `batch_size` clips at a time. Raises InputError for a job that
     cannot be, or a file that exists while `overwrite` is false, before the weights are read and with nothing written.
     If it is stopped later, the clips that were finished and their results stay.
@@ -138,7 +145,7 @@ def generate_jobs(
     by_length: dict[int, list[Job]] = {}
     for job in jobs:
         try:
-            expand_seeds(job.seed, count)
+            expand_seeds(job.seed, max(count, candidates))
             by_length.setdefault(check_request(manifest.config, sound, text, job.prompt, job.seconds), []).append(job)
         except InputError as error:
             raise InputError(f"{job.where}: {error}") from error
@@ -148,9 +155,10 @@ def generate_jobs(
     except OSError as error:
         raise SirenError(f"cannot make the folder {folder}: {error.strerror}") from error
 
+    made = max(count, candidates)
     order = {job.id: i for i, job in enumerate(jobs)}
     results: dict[str, list[dict[str, Any]]] = {}
-    per_batch = max(1, batch_size // count)
+    per_batch = max(1, batch_size // made)
     batches = [group[i : i + per_batch] for group in by_length.values() for i in range(0, len(group), per_batch)]
     with tqdm(total=len(jobs) * count, unit="clip", desc="generating", disable=not progress) as bar:
         for batch in batches:
@@ -159,8 +167,9 @@ def generate_jobs(
                     sampler,
                     [job.prompt for job in batch],
                     seconds=batch[0].seconds,
-                    seed=[job.seed + i for job in batch for i in range(count)],
-                    num_return_sequences=count,
+                    seed=[job.seed + i for job in batch for i in range(made)],
+                    num_return_sequences=made,
+                    rerank=rerank,
                     progress=False,
                     codec=sound,
                     encoder=text,
@@ -172,11 +181,12 @@ def generate_jobs(
             for j, job in enumerate(batch):
                 results[job.id] = []
                 for i, name in enumerate(job.names(count)):
-                    clip = audio[j * count + i]
+                    clip = audio[j * made + i]
                     clip.save(folder / f"{name}.wav")
                     if pictures:
                         clip.picture(folder / f"{name}.png")
-                    about = {"id": job.id, "file": f"{name}.wav", "prompt": job.prompt, "seed": job.seed + i}
+                    about = {"id": job.id, "file": f"{name}.wav", "prompt": job.prompt, "seed": clip.seeds[0]}
+                    about |= {"score": _number(clip.scores[0])} if clip.scores else {}
                     about |= {"seconds": clip.seconds, **dataclasses.asdict(settings)}
                     about["mean_logprob"] = round(float(clip.logprobs.mean()), 6)  # type: ignore[union-attr]
                     results[job.id].append(about)
@@ -185,3 +195,8 @@ def generate_jobs(
             listed = "".join(json.dumps(about, ensure_ascii=False) + "\n" for name in done for about in results[name])
             write_files({folder / RESULTS: listed.encode()})
     return folder / RESULTS
+
+
+def _number(score: float) -> float | None:
+    """JSON has no NaN."""
+    return round(score, 6) if math.isfinite(score) else None

@@ -40,4 +40,5 @@ def best_first(audio: Audio, count: int, reward: Reward) -> Audio:
         None if audio.logprobs is None else audio.logprobs[picked],
         [audio.prompts[i] for i in order],
         [scores[i] for i in order],
+        [audio.seeds[i] for i in order] if audio.seeds else [],
     )

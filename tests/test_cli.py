@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import siren
 from siren.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,41 @@ def test_init_says_that_its_sound_is_noise(work: Path, capfd: pytest.CaptureFixt
     assert "unknown preset" in fails(capfd, "init", "x", "--preset", "huge")
     assert "seed" in fails(capfd, "init", "x", "--seed", "-1")
     assert "dtype" in fails(capfd, "init", "x", "--dtype", "int8")
+
+
+def test_the_best_clips_are_written_best_first(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """--best-of 4 --n 2: the two of the four clips of --n 4 that a reward of one's own puts first, in its order; from a
+    file too, with their scores and the seeds that make them again."""
+    (work / "rewards.py").write_text(
+        "def low(prompts, completions, codes, **_): return (-codes.mean((1, 2))).tolist()\n"
+        "def none(prompts, completions, **_): return [None] * len(prompts)\n"
+        "def broken(*_, **__): return 1 / 0\n"
+    )
+    given = ["--model", str(demo), "--seconds", "0.1", "--seed", "5"]
+    main(["generate", "rain", "all.wav", *given, "--n", "4"])
+    main(["generate", "rain", "best.wav", *given, "--n", "2", "--best-of", "4", "--rerank", "rewards.py:low"])
+    model = siren.Siren.from_pretrained(demo)
+    means = model.generate("rain", seconds=0.1, seed=5, num_return_sequences=4, progress=False).codes.double()
+    order = means.mean((1, 2)).argsort().tolist()
+    assert order != [0, 1, 2, 3], "this seed shows nothing"
+    for place in (0, 1):
+        assert Path(f"best-{place}.wav").read_bytes() == Path(f"all-{order[place]}.wav").read_bytes()
+    assert not Path("best-2.wav").exists()
+
+    Path("p.jsonl").write_text('{"prompt": "wind", "seed": 90}\n{"prompt": "rain", "seed": 5}\n')
+    main(["generate", "p.jsonl", "--out-dir", "o", *given, "--best-of", "4", "--rerank", "rewards.py:low"])
+    results = [json.loads(line) for line in Path("o/results.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in results] == ["1.wav", "2.wav"]
+    assert results[1]["seed"] == 5 + order[0]
+    assert results[1]["score"] == pytest.approx(-float(means[order[0]].mean()), abs=1e-6)
+    assert Path("o/2.wav").read_bytes() == Path("best-0.wav").read_bytes()
+    main(["generate", "p.jsonl", "--out-dir", "o2", *given, "--rerank", "rewards.py:none"])
+    assert json.loads(Path("o2/results.jsonl").read_text().splitlines()[0])["score"] is None
+
+    capfd.readouterr()
+    for name, words in (("rewards.py:broken", "ZeroDivisionError"), ("loudest", "no reward 'loudest'")):
+        assert words in fails(capfd, "generate", "rain", "x.wav", *given, "--best-of", "2", "--rerank", name)
+    assert "--best-of" in fails(capfd, "generate", "rain", "x.wav", *given, "--best-of", "0")
 
 
 def test_generate_writes_sound_and_picture(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,8 @@ def test_batch_size_bounds_what_is_decoded_together(model: siren.Siren, batches:
     assert batches == [2, 2, 1]
     whole = model.generate("rain", seconds=0.04, num_return_sequences=5, progress=False)
     assert torch.equal(split.codes, whole.codes)
+    again = model.generate("rain", seconds=0.04, seed=whole[3].seeds, progress=False)
+    assert torch.equal(again.codes[0], whole.codes[3])
 
 
 def test_jobs_honour_the_batch_size(folder: Path, tmp_path: Path, batches: list[int]) -> None:

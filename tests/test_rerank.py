@@ -19,7 +19,9 @@ def make(count: int, prompts: list[str]) -> Audio:
     codes = torch.zeros(count * len(prompts), 12, 4, dtype=torch.int64)
     codes[:, 0, 0] = torch.arange(len(codes))
     texts = [text for text in prompts for _ in range(count)]
-    return Audio(torch.rand(len(codes), 1, 1280), 16000, codes, codes.float(), texts)
+    return Audio(
+        torch.rand(len(codes), 1, 1280), 16000, codes, codes.float(), texts, seeds=list(range(7, 7 + len(codes)))
+    )
 
 
 def test_each_prompts_clips_are_sorted() -> None:
@@ -38,6 +40,7 @@ def test_each_prompts_clips_are_sorted() -> None:
     for place, clip in enumerate([2, 0, 3, 1, 7, 6, 5, 4]):
         assert torch.equal(ranked.waveform[place], audio.waveform[clip])
         assert torch.equal(ranked[place].logprobs[0], audio.logprobs[clip])
+        assert ranked[place].seeds == [7 + clip]
         assert np.array_equal(given["completions"][clip], audio.waveform[clip, 0].numpy())
     assert given["sample_rate"] == 16000
     assert given["codes"].shape == (8, 12, 4)
