@@ -68,8 +68,8 @@ def report(value: dict[str, Any]) -> str:
         f"{options['num_generations']} rollouts of {options['seconds']:g} s, {options['num_iterations']} updates a "
         f"step, learning rate {options['learning_rate']:g} down to a tenth. Judged on {scores.prompts} held-out prompts"
         + (f" ({scores.left_out} without a reward left out)" if scores.left_out else "")
-        + f", {scores.sounds} sounds each, temperature 1. Reward: {value['reward'][:32]}..., {about['date'][:10]}, "
-        f"commit {about['commit']}.",
+        + f", {scores.sounds} sounds each, temperature {options['temperature']:g}. Reward: {value['reward'][:32]}..., "
+        f"{about['date'][:10]}, commit {about['commit']}.",
         "",
         "| Arm | Judged with guidance | Seeds | Reward | Gain | 95% | Gain of each seed |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",

@@ -31,11 +31,13 @@ def procedural(
     scenes: Annotated[float, typer.Option(help="Share of clips with two or three events.")] = 0.2,
     seed: Annotated[int, typer.Option(help="The same seed gives the same clips.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; one for each CPU by default.")] = None,
+    labels: Annotated[str, typer.Option(help="Kinds of sound, with commas between; all by default.")] = "",
 ) -> None:
     """Synthetic rain, bells, sirens and more, with captions: any amount, nothing downloaded."""
-    from .data.procedural import make_procedural
+    from .data.procedural import CLASSES, make_procedural
 
-    counts = make_procedural(out, clips, seed, seconds, scenes, workers)
+    kinds = [label.strip() for label in labels.split(",")] if labels else CLASSES
+    counts = make_procedural(out, clips, seed, seconds, scenes, workers, labels=kinds)
     typer.echo(f"{out}: {clips} clips of {len(counts) - ('scene' in counts)} classes, {counts.get('scene', 0)} scenes")
 
 

@@ -54,7 +54,7 @@ def made_up() -> dict[str, Any]:
     return {
         "about": {"options": {
             "model": "m", "steps": 4, "prompts_per_step": 2, "num_generations": 3, "seconds": 1.0,
-            "num_iterations": 1, "learning_rate": 1e-3,
+            "num_iterations": 1, "learning_rate": 1e-3, "temperature": 0.8,
         }, "date": "2026-11-23", "commit": "abc"},
         "reward": "r",
         "before": "before",

@@ -190,6 +190,8 @@ def test_bad_arguments_of_a_clip(arguments: dict[str, object], text: str) -> Non
         ({"clips": 1, "seed": -1}, "seed must be"),
         ({"clips": 1, "seconds": 31}, "seconds must be"),
         ({"clips": 1, "scenes": -0.1}, "scenes must be"),
+        ({"clips": 1, "labels": ["rain", "dragon"]}, "no class 'dragon'; there are .*rain"),
+        ({"clips": 1, "labels": []}, "names no class"),
     ],
 )
 def test_bad_arguments_of_a_folder_leave_nothing(tmp_path: Path, arguments: dict[str, object], text: str) -> None:
@@ -201,6 +203,17 @@ def test_bad_arguments_of_a_folder_leave_nothing(tmp_path: Path, arguments: dict
 # Folders
 
 CLIPS, SECONDS = 40, 1.0  # three groups, the last of them not full
+
+
+def test_some_kinds_alone(tmp_path: Path, made: Path) -> None:
+    """The named kinds in turn, scenes between them as ever; a folder of other kinds is another one."""
+    folder = tmp_path / "sounds"
+    counts = make_procedural(folder, 8, seed=3, seconds=SECONDS, scenes=0.25, workers=1, labels=["wolf", "rain"])
+    assert counts == {"wolf": 3, "rain": 3, "scene": 2}
+    assert [record.label for record in read_clip_folder(folder)][:3] == ["wolf", "rain", "wolf"]
+    with pytest.raises(InputError, match="other arguments"):
+        make_procedural(folder, 8, seed=3, seconds=SECONDS, scenes=0.25, workers=1)
+    assert "labels" not in json.loads((made / "procedural.json").read_text())
 
 
 def contents(folder: Path) -> dict[str, bytes]:

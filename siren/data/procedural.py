@@ -10,17 +10,18 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import soundfile
 from tqdm import tqdm
 
 from ..errors import DataError, InputError
 from .processes import ENDED, worker_pool
-from .synth_clips import CLASSES, VERSION, ProceduralClip, check_arguments, synthesize
+from .synth_clips import CLASSES, VERSION, ProceduralClip, check_arguments, label_in_turn, synthesize
 from .synth_tools import RATE
 
 __all__ = ["CLASSES", "ProceduralClip", "make_procedural", "synthesize"]
@@ -29,6 +30,7 @@ LICENCE = "CC0-1.0"
 _CLIPS = "clips.jsonl"
 _JOB = "procedural.json"
 _PARTS = "parts"
+Job = dict[str, Any]  # the arguments that the sounds depend on
 _GROUP = 16  # clips; what a killed run loses of each process at most
 
 
@@ -40,20 +42,28 @@ def make_procedural(
     scenes: float = 0.2,
     workers: int | None = None,
     progress: bool = True,
+    labels: Sequence[str] = CLASSES,
 ) -> dict[str, int]:
     """Write clips 0 to `clips` - 1 of `synthesize` as a clip folder: 16-bit FLAC and clips.jsonl.
 
-    Returns the number of clips of each class, and of scenes as "scene". The folder appears whole. Until then the work
-    is in `.NAME.partial` beside it, where the same call goes on after a run that was killed: finished groups of 16
-    clips are not made again, and the bytes are those of an undisturbed run, whatever the number of `workers` (None: one
-    for each CPU). A folder that the same call made is left as it is. Raises InputError for arguments that cannot be and
-    for any other folder that holds something, DataError if the disk cannot be written or a process ends.
+    Single events are of `labels` in turn. Returns the number of clips of each class, and of scenes as "scene". The
+    folder appears whole. Until then the work is in `.NAME.partial` beside it, where the same call goes on after a run
+    that was killed: finished groups of 16 clips are not made again, and the bytes are those of an undisturbed run,
+    whatever the number of `workers` (None: one for each CPU). A folder that the same call made is left as it is. Raises
+    InputError for arguments that cannot be and for any other folder that holds something, DataError if the disk cannot
+    be written or a process ends.
     """
     check_arguments(0, seed, seconds, scenes)
     for name, count in (("clips", clips), ("workers", 1 if workers is None else workers)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InputError(f"{name} must be a whole number of at least 1, not {count!r}")
-    job = {"version": VERSION, "clips": clips, "seed": seed, "seconds": float(seconds), "scenes": float(scenes)}
+    unknown = [label for label in labels if label not in CLASSES]
+    if unknown or not labels:
+        named = f"there is no class {unknown[0]!r}" if unknown else "labels names no class"
+        raise InputError(f"{named}; there are {', '.join(CLASSES)}")
+    job: Job = {"version": VERSION, "clips": clips, "seed": seed, "seconds": float(seconds), "scenes": float(scenes)}
+    if tuple(labels) != tuple(CLASSES):
+        job["labels"] = list(labels)
     target = Path(folder).expanduser().resolve()
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -67,14 +77,14 @@ def make_procedural(
                 target.rmdir()  # it is empty
             partial.rename(target)
             _sync(target.parent)
-        labels = (json.loads(line).get("label", "scene") for line in (target / _CLIPS).read_bytes().splitlines())
-        return dict(Counter(labels))
+        lines = (target / _CLIPS).read_bytes().splitlines()
+        return dict(Counter(json.loads(line).get("label", "scene") for line in lines))
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"cannot write {target}: {reason}; the same call goes on with what is finished") from error
 
 
-def _is_made(target: Path, job: dict[str, float]) -> bool:
+def _is_made(target: Path, job: Job) -> bool:
     """Whether the same call has made the target; InputError if something else is there."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
@@ -87,7 +97,7 @@ def _is_made(target: Path, job: dict[str, float]) -> bool:
     return True
 
 
-def _open(partial: Path, job: dict[str, float]) -> None:
+def _open(partial: Path, job: Job) -> None:
     """Begin, or go on with, the work on a folder. InputError if it is work on another one."""
     try:
         begun = json.loads((partial / _JOB).read_bytes())
@@ -102,9 +112,9 @@ def _open(partial: Path, job: dict[str, float]) -> None:
         raise InputError(f"{partial} holds an unfinished run of other arguments ({begun}); finish it, or delete it")
 
 
-def _fill(partial: Path, job: dict[str, float], workers: int, progress: bool) -> None:
+def _fill(partial: Path, job: Job, workers: int, progress: bool) -> None:
     """Make the groups that are not finished, then put their parts together."""
-    clips = int(job["clips"])
+    clips = job["clips"]
     groups = range((clips + _GROUP - 1) // _GROUP)
     todo = [group for group in groups if not _part(partial, group).is_file()]
     done = clips - sum(len(_indices(group, clips)) for group in todo)
@@ -122,7 +132,7 @@ def _indices(group: int, clips: int) -> range:
     return range(group * _GROUP, min((group + 1) * _GROUP, clips))
 
 
-def _run(partial: Path, todo: list[int], job: dict[str, float], workers: int) -> Iterator[int]:
+def _run(partial: Path, todo: list[int], job: Job, workers: int) -> Iterator[int]:
     """Make groups of clips; yields the number of clips of each."""
     if workers == 1 or len(todo) < 2:
         yield from map(_make_group, repeat(partial), todo, repeat(job))
@@ -136,19 +146,20 @@ def _run(partial: Path, todo: list[int], job: dict[str, float], workers: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _make_group(partial: Path, group: int, job: dict[str, float]) -> int:
+def _make_group(partial: Path, group: int, job: Job) -> int:
     """Write the sounds of a group, then the part of clips.jsonl that says they are there."""
     lines = []
-    indices = _indices(group, int(job["clips"]))
+    indices = _indices(group, job["clips"])
     for index in indices:
-        clip = synthesize(index, int(job["seed"]), job["seconds"], scenes=job["scenes"])
+        label = label_in_turn(index, job["scenes"], job.get("labels", CLASSES))
+        clip = synthesize(index, job["seed"], job["seconds"], label, job["scenes"])
         file = io.BytesIO()
         soundfile.write(file, clip.waveform, RATE, format="FLAC", subtype="PCM_16")
         name = f"audio/{clip.id}.flac"
         _write(partial / name, file.getvalue())
         line = {"id": clip.id, "audio": name, "caption": list(clip.captions)}
         line |= {} if clip.label is None else {"label": clip.label}
-        line |= {"licence": LICENCE, "source": f"procedural sound, seed {int(job['seed'])}"}
+        line |= {"licence": LICENCE, "source": f"procedural sound, seed {job['seed']}"}
         lines.append(json.dumps(line) + "\n")
     _write(_part(partial, group), "".join(lines).encode())
     return len(indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,12 +149,12 @@ def synthesize(
     return ProceduralClip(wave.astype(np.float32), tuple(dict.fromkeys(event.captions)), label, name)
 
 
-def label_in_turn(index: int, scenes: float) -> str | None:
-    """The class of clip `index`; None if it is a scene."""
+def label_in_turn(index: int, scenes: float, labels: Sequence[str] = CLASSES) -> str | None:
+    """The class of clip `index`, `labels` in turn; None if it is a scene."""
     before = math.floor(index * scenes)  # scenes among the clips before this one
     if math.floor((index + 1) * scenes) > before:
         return None
-    return CLASSES[(index - before) % len(CLASSES)]
+    return labels[(index - before) % len(labels)]
 
 
 def check_arguments(index: int, seed: int, seconds: float, scenes: float) -> None:
