@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -12,23 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_runs import TINY, make_data
+from alignment_runs import assert_same, low_codes, make_inputs, metrics, settings
+from training_runs import TINY
 
 import siren
-from siren.align import loop
+from siren.align import learner
 from siren.align.loop import Alignment
 from siren.align.run import align
-from siren.align.settings import AlignSettings
 from siren.errors import CheckpointError, InputError, SirenError
 from siren.sampler import Sampler
 from siren.train import TrainingError, TrainingStoppedError
-from siren.train.state import latest_state, read_state
-
-
-def low_codes(prompts: list[str], completions: list[np.ndarray], codes: np.ndarray, **_: Any) -> list[float]:
-    """The share of codes below 512 in the first expert's codebooks: something to learn in a few steps."""
-    assert len(prompts) == len(completions) == len(codes)
-    return (codes[:, : TINY.codes_per_expert] < 512).mean((1, 2)).tolist()
+from siren.train.state import latest_state
 
 
 def last_codes(prompts: list[str], completions: list[np.ndarray], codes: np.ndarray, **_: Any) -> list[float]:
@@ -37,64 +30,19 @@ def last_codes(prompts: list[str], completions: list[np.ndarray], codes: np.ndar
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("inputs")
-    made = make_data(folder)
-    torch.manual_seed(0)
-    model = siren.Siren(TINY)
-    codec = siren.Codec.from_pretrained(made["codec"])
-    model.set_decode_embeddings(codec.decode_embeddings())
-    model.save_pretrained(folder / "model", codec)
-    return {"model": folder / "model", "data": made["data"]}
-
-
-def settings(inputs: dict[str, Any], out: Path, /, **changes: Any) -> AlignSettings:
-    values: dict[str, Any] = {
-        **inputs,
-        "out": out,
-        "reward_funcs": [low_codes],
-        "prompts_per_step": 3,
-        "num_generations": 4,
-        "seconds": 0.2,
-        "num_iterations": 2,
-        "learning_rate": 1e-3,
-        "batch_size": 5,
-        "max_steps": 6,
-        "eval_every": 3,
-        "eval_prompts": 2,
-        "save_every": 2,
-        "val_fraction": 0.2,
-        "device": "cpu",
-        "tensorboard": False,
-        "progress": False,
-    }
-    return AlignSettings(**values | changes)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without times."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith("_seconds")} for line in lines]
-
-
-def assert_same(a: Path, b: Path) -> None:
-    """Weights, optimiser, log: bit for bit."""
-    first, second = (read_state(latest_state(run)) for run in (a, b))
-    for mine, other in ((first.model, second.model), (first.optimizer, second.optimizer)):
-        assert mine.keys() == other.keys()
-        assert not [name for name in mine if mine[name].numpy().tobytes() != other[name].numpy().tobytes()]
-    assert metrics(a) == metrics(b)
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM comes in the middle of a step (from 0)."""
-    whole = Alignment.grpo
+    whole = Alignment.learn
 
     def signalling(self: Alignment, *given: Any) -> dict[str, float]:
         if self.step == step:
             signal.raise_signal(signal.SIGTERM)
         return whole(self, *given)
 
-    monkeypatch.setattr(Alignment, "grpo", signalling)
+    monkeypatch.setattr(Alignment, "learn", signalling)
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": "dpo", "dpo_beta": 1.0}, {"guidance_scale": 2.0}, {"beta": 0.01}])
@@ -169,26 +117,31 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize(
+    ("where", "step", "left"),
+    [("learn", 1, None), ("learn", 3, "state-00000002"), ("evaluate", 6, "state-00000004")],
+)
 def test_what_a_kill_leaves_is_gone_on_from(
-    tmp_path: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, where: str, step: int, left: str | None
 ) -> None:
-    """A process that dies between saves repeats the steps since the last one, with the same result."""
+    """A process that dies repeats the steps since the last save and their evaluations, or all, with the same result."""
     align(settings(inputs, tmp_path / "whole"))
 
     class Killed(BaseException):
         pass
 
-    def die(self: Alignment, *given: Any) -> dict[str, float]:
-        if self.step == 3:
+    def die(self: Alignment, *given: Any) -> Any:
+        if self.step == step:
             raise Killed
         return whole(self, *given)
 
-    whole = Alignment.grpo
+    whole = getattr(Alignment, where)
     with monkeypatch.context() as patch:
-        patch.setattr(Alignment, "grpo", die)
+        patch.setattr(Alignment, where, die)
         with pytest.raises(Killed):
             align(settings(inputs, tmp_path / "killed"))
-    assert latest_state(tmp_path / "killed").name == "state-00000002"
+    found = latest_state(tmp_path / "killed")
+    assert (found and found.name) == left
     align(settings(inputs, tmp_path / "killed"))
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
@@ -271,7 +224,7 @@ def test_without_spread_nothing_changes(tmp_path: Path, inputs: dict[str, Any]) 
 
 def test_a_gradient_that_is_not_finite(tmp_path: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The run stops with the step's number, and the last state is there."""
-    monkeypatch.setattr(loop, "clipped_objective", lambda logprobs, *_: logprobs.mean((1, 2)) * float("nan"))
+    monkeypatch.setattr(learner, "clipped_objective", lambda logprobs, *_: logprobs.mean((1, 2)) * float("nan"))
     with pytest.raises(TrainingError, match="the gradient of step 1 is not finite"):
         align(settings(inputs, tmp_path / "run"))
 

@@ -46,7 +46,7 @@ def align(settings: AlignSettings) -> Path:
     check_loggers(settings.tensorboard, settings.wandb)
     out = Path(settings.out).expanduser().resolve()
     with join(settings.device, alone=False) as world, ExitStack() as stack:
-        job = _make_job(settings, world)
+        job = make_job(settings, world)
         world.first_does(lambda: _check_folder(out, job))
         world.first_does(lambda: stack.enter_context(locked(out)))
         world.first_does(lambda: _begin(out, job))
@@ -56,7 +56,7 @@ def align(settings: AlignSettings) -> Path:
     return out / "checkpoint"
 
 
-def _make_job(settings: AlignSettings, world: World) -> Job:
+def make_job(settings: AlignSettings, world: World) -> Job:
     from ..data import check_codec, check_encoder, open_tokens, split
 
     manifest = read_manifest(settings.model)

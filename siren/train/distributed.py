@@ -6,6 +6,7 @@ step, so the mean of eq. 6 runs over all of them however they are spread (short 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,9 +33,7 @@ class World:
         """The largest of the processes' values; all must call."""
         if self.size == 1:
             return value
-        shared = torch.tensor([value])
-        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.control)
-        return int(shared)
+        return int(self._reduce(torch.tensor([value]), dist.ReduceOp.MAX))
 
     def first_does(self, work: Callable[[], object]) -> None:
         """Do `work` on process 0 alone. If it raises there, all raise, so that nobody waits for the others."""
@@ -52,8 +51,29 @@ class World:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes of a CPU tensor; all must call."""
-        if self.size > 1:
-            dist.all_reduce(values, group=self.control)
+        return self._reduce(values, dist.ReduceOp.SUM) if self.size > 1 else values
+
+    def collect(self, own: Tensor, count: int) -> Tensor:
+        """The `count` rows of all processes, on the CPU: this one has number rank, rank + size and so on, in `own`.
+
+        All must call, those that have none with a tensor [0, ...].
+        """
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[self.rank :: self.size] = own
+        return self.total(rows)
+
+    def collect_json(self, own: Any) -> list[Any]:
+        """The values of all processes, in their order; all must call. Only what JSON can hold."""
+        data = torch.tensor(list(json.dumps(own).encode()), dtype=torch.uint8)
+        rows = torch.full((1, self.largest(len(data))), ord(" "), dtype=torch.uint8)
+        rows[0, : len(data)] = data
+        return [json.loads(bytes(row.tolist())) for row in self.collect(rows, self.size)]
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        try:
+            dist.all_reduce(values, operation, group=self.control)
+        except RuntimeError as error:  # gloo's, when a connection is closed
+            raise SirenError("lost the other processes; the message of the first to end says why") from error
         return values
 
 
