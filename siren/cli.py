@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_align, cli_data, cli_train
+from . import cli_align, cli_critic, cli_data, cli_train
 from .errors import InputError, MissingDependencyError, SirenError
 from .manifest import MINI
 
@@ -28,6 +28,7 @@ app.command()(cli_train.train)
 app.command()(cli_train.train_codec)
 app.command()(cli_train.train_aligner)
 app.command()(cli_align.align)
+app.command()(cli_critic.train_critic)
 
 _BESIDE = "<beside>"  # --picture without a path
 

@@ -5,7 +5,6 @@ Left out: streaming sound; `siren.Session` streams codes.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -19,9 +18,10 @@ from .codec import MAX_SECONDS, Codec
 from .config import SirenConfig
 from .errors import InputError, SamplingError
 from .manifest import GENERATION, Manifest
+from .prune import Pruning
 from .rerank import Reward, best_first
 from .sampler import Sampler
-from .sampling import SamplingSettings, expand_seeds
+from .sampling import SamplingSettings, expand_seeds, renumber
 from .text import PromptEncoder
 
 MAX_BATCH = 64  # sequences decoded together; seeds make the result the same however they are grouped
@@ -49,6 +49,7 @@ def generate(
     threads: int | None = None,
     batch_size: int = MAX_BATCH,
     rerank: Reward | None = None,
+    prune: Pruning | None = None,
 ) -> Audio:
     """One clip of `seconds` for each prompt, or `num_return_sequences` for each, those of one prompt side by side.
 
@@ -60,8 +61,11 @@ def generate(
     `batch_size` clips (1 to 64) are decoded together; it sets speed and memory, never the sound. Where seconds,
     temperature, top_k, top_p or guidance_scale is None, it is what the checkpoint says of itself, or else 6 s, 1, 0, 1
     and 1: plain sampling. `rerank` scores the clips and puts those of each prompt in order, the best first: see
-    rerank.py. `progress` shows a bar on stderr; on_frame(done, total) is called after each frame. Raises InputError
-    before anything is sampled, SamplingError naming the clip if the logits are not finite.
+    rerank.py. `prune` begins more clips of each prompt and finishes the best num_return_sequences, which must be what
+    it keeps, the best beginning first: see prune.py. Seeds are then those of its prefixes, so a clip is the one that
+    its seed gives with num_return_sequences=prune.prefixes. `progress` shows a bar on stderr; on_frame(done, total) is
+    called after each frame. Raises InputError before anything is sampled, SamplingError naming the clip (of a pruned
+    one the prefix) if the logits are not finite.
     """
     check_whole("num_return_sequences", num_return_sequences, MAX_CLIPS)
     check_whole("batch_size", batch_size, MAX_BATCH)
@@ -71,17 +75,21 @@ def generate(
     SamplingSettings(**options)
     codec, encoder = find_codec(model, codec), find_encoder(model, encoder)
     frames = check_request(model.config, codec, encoder, prompts, seconds)
+    begun, batch = num_return_sequences, batch_size
+    if prune is not None:
+        prune.check(codec, model.config.prompt_dim, frames, num_return_sequences, batch_size)
+        begun, batch = prune.prefixes, batch_size // prune.prefixes * prune.prefixes
     texts = [prompts] if isinstance(prompts, str) else prompts
-    seeds = expand_seeds(seed, len(texts) * num_return_sequences).tolist()
+    seeds = expand_seeds(seed, len(texts) * begun).tolist()
     sampler = find_sampler(model, backend, weights, threads)
 
     prompt, mask = encoder(texts, model.config.max_prompt_len)
-    prompt, mask = (t.repeat_interleave(num_return_sequences, dim=0).cpu() for t in (prompt, mask))
-    total = frames * -(-len(seeds) // batch_size)
+    prompt, mask = (t.repeat_interleave(begun, dim=0).cpu() for t in (prompt, mask))
+    total = frames * -(-len(seeds) // batch)
     parts = []
     with _Progress(total, progress, on_frame) as tick:
-        for first in range(0, len(seeds), batch_size):
-            rows = slice(first, first + batch_size)
+        for first in range(0, len(seeds), batch):
+            rows = slice(first, first + batch)
             session = sampler.start(
                 prompt[rows],
                 mask[rows],
@@ -89,9 +97,13 @@ def generate(
                 **options,
             )
             try:
-                session.step(frames, on_frame=tick)
+                if prune is None:
+                    session.step(frames, on_frame=tick)
+                else:
+                    rate = codec.sample_rate / codec.hop_length
+                    prune.sample(session, prompt[rows], mask[rows], frames, rate, tick)
             except SamplingError as error:  # it counts from the first clip of this batch
-                raise SamplingError(_renumber(str(error), first)) from error
+                raise SamplingError(renumber(str(error), range(first, first + batch))) from error
             parts.append((session.codes, session.logprobs))
     codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     waveform = codec.decode(codes.to(codec.device)).cpu()
@@ -110,10 +122,6 @@ def check_whole(name: str, value: object, high: int) -> None:
     """Raise InputError unless `value` is a whole number from 1 to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise InputError(f"{name} must be a whole number from 1 to {high}, not {value!r}")
-
-
-def _renumber(message: str, first: int) -> str:
-    return re.sub(r"\bsequence (\d+)", lambda match: f"sequence {int(match[1]) + first}", message, count=1)
 
 
 def check_request(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -194,6 +195,11 @@ def _undrawable(row: int, frame: int | None, codebook: int | None) -> SamplingEr
     places = (("sequence", row), ("frame", frame), ("codebook", codebook))
     where = ", ".join(f"{name} {number}" for name, number in places if number is not None)
     return SamplingError(f"the logits of {where} hold NaN, infinity or no finite value: check weights and prompt")
+
+
+def renumber(message: str, numbers: Sequence[int]) -> str:
+    """A SamplingError's message about sequence i as one about sequence numbers[i]."""
+    return re.sub(r"\bsequence (\d+)", lambda match: f"sequence {numbers[int(match[1])]}", message, count=1)
 
 
 def _allowed(scaled: Tensor, settings: SamplingSettings) -> Tensor:

@@ -192,3 +192,54 @@ def test_the_readme_shows_the_committed_results() -> None:
     """The tables between the README's markers are those that benchmarks/readme.py makes of benchmarks/results."""
     result = subprocess.run([sys.executable, FOLDER / "readme.py", "--check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_best_of_n(tmp_path: Path) -> None:
+    """Every arm has its frames and a reward; a plan above best-of-M is one line and exit code 2."""
+    tokens, model, critic = make_pruning_inputs(tmp_path)
+    (tmp_path / "rewards.py").write_text(
+        "def low(prompts, completions, codes, **_):\n    return (codes[:, 0] < 512).mean(1)\n"
+    )
+    out, markdown = tmp_path / "best.json", tmp_path / "best.md"
+    command = (
+        FOLDER / "best_of_n.py", "--critic", critic, "--tokens", tokens, "--model", model, "--prompts", 3, "--seeds", 2,
+        "--reward", f"{tmp_path / 'rewards.py'}:low", "--val-fraction", 0.4, "--best-of", 3, "--seconds", 0.2,
+        "--threads", 1, "--out", out, "--markdown", markdown,
+    )  # fmt: skip
+    made = run(*command, "--plans", "5:4:1,3:1:2")
+    assert made.returncode == 0, made.stderr
+    value = json.loads(out.read_text())
+    rows = {row["arm"]: row for row in value["rows"]}
+    assert {name: row["frames"] for name, row in rows.items()} == {
+        "single": 10, "best of 3": 30, "pruned 5:4:1": 26, "random 5:4:1": 26, "pruned 3:1:2": 21, "random 3:1:2": 21
+    }  # fmt: skip
+    assert rows["single"]["reward"][0] < rows["best of 3"]["reward"][0]
+    assert all(row["reward"][1] <= row["reward"][0] <= row["reward"][2] for row in rows.values())
+    for plan in ("5:4:1", "3:1:2"):
+        means = [rows[f"{kind} {plan}"]["reward"][0] for kind in ("pruned", "random")]
+        assert rows[f"pruned {plan}"]["over_random"][0] == pytest.approx(means[0] - means[1])
+    by_prompt = value["by_prompt"]
+    assert all(a <= b for a, b in zip(by_prompt["single"], by_prompt["best of 3"], strict=True))
+    assert made.stdout == markdown.read_text() + "\n" and "| pruned 5:4:1 | 26 |" in made.stdout
+    made = run(*command, "--plans", "7:4:1")
+    assert made.returncode == 2
+    assert made.stderr == "error: the plan 7:4:1 samples 34 frames, best-of-3 30\n"
+
+
+def make_pruning_inputs(folder: Path) -> tuple[Path, Path, Path]:
+    """A token set with captions, a tiny model and a critic, all with random weights."""
+    import torch
+    from training_runs import TINY, make_data
+
+    from siren.critic import Critic, CriticConfig, CriticModel
+
+    made = make_data(folder)
+    codec = siren.Codec.from_pretrained(made["codec"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = siren.Siren(TINY)
+        critic = Critic(CriticModel(CriticConfig(TINY.prompt_dim, dim=6), codec), codec)
+    model.set_decode_embeddings(codec.decode_embeddings())
+    model.save_pretrained(folder / "model", codec)
+    critic.save_pretrained(folder / "critic")
+    return made["data"], folder / "model", folder / "critic"

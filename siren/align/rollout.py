@@ -51,6 +51,8 @@ def roll_out(
     batch_size: int,
     temperature: float = 1.0,
     guidance_scale: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> Rollouts:
     """Sample len(seeds) / len(prompts) rollouts of each prompt, up to `batch_size` at once, and have them scored.
 
@@ -91,6 +93,8 @@ def roll_out(
                     seeds[rows],
                     temperature=temperature,
                     guidance_scale=guidance_scale,
+                    top_k=top_k,
+                    top_p=top_p,
                 )
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, SirenError) or not _out_of_memory(error):
