@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .audio import Audio
     from .codec import Codec
     from .config import SirenConfig
+    from .critic import Critic
     from .errors import (
         BackendError,
         CheckpointError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         SirenError,
     )
     from .model import Siren
+    from .prune import Pruning
     from .sampler import ResidualSampler, SampleOutput, Sampler, Session
     from .text import PromptEncoder
 
@@ -35,9 +37,11 @@ __all__ = [
     "CheckpointError",
     "Codec",
     "ConfigError",
+    "Critic",
     "InputError",
     "MissingDependencyError",
     "PromptEncoder",
+    "Pruning",
     "ResidualSampler",
     "SampleOutput",
     "Sampler",
@@ -52,7 +56,9 @@ _MODULES = {
     "Aligner": "aligner",
     "Audio": "audio",
     "Codec": "codec",
+    "Critic": "critic",
     "PromptEncoder": "text",
+    "Pruning": "prune",
     "ResidualSampler": "sampler",
     "SampleOutput": "sampler",
     "Sampler": "sampler",
