@@ -86,7 +86,7 @@ def generate(
     prompt, mask = encoder(texts, model.config.max_prompt_len)
     prompt, mask = (t.repeat_interleave(begun, dim=0).cpu() for t in (prompt, mask))
     total = frames * -(-len(seeds) // batch)
-    parts = []
+    parts, left = [], []
     with _Progress(total, progress, on_frame) as tick:
         for first in range(0, len(seeds), batch):
             rows = slice(first, first + batch)
@@ -99,16 +99,18 @@ def generate(
             try:
                 if prune is None:
                     session.step(frames, on_frame=tick)
+                    left += seeds[rows]
                 else:
                     rate = codec.sample_rate / codec.hop_length
-                    prune.sample(session, prompt[rows], mask[rows], frames, rate, tick)
+                    kept = prune.sample(session, prompt[rows], mask[rows], frames, rate, tick)
+                    left += [seeds[first + place] for place in kept]
             except SamplingError as error:  # it counts from the first clip of this batch
                 raise SamplingError(renumber(str(error), range(first, first + batch))) from error
             parts.append((session.codes, session.logprobs))
     codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     waveform = codec.decode(codes.to(codec.device)).cpu()
     names = [text for text in texts for _ in range(num_return_sequences)]
-    audio = Audio(waveform, codec.sample_rate, codes, logprobs, names, seeds=seeds)
+    audio = Audio(waveform, codec.sample_rate, codes, logprobs, names, seeds=left)
     return audio if rerank is None else best_first(audio, num_return_sequences, rerank)
 
 

@@ -100,6 +100,7 @@ def test_a_kept_sound_is_that_of_its_seed(
     assert torch.equal(pruned.logprobs, whole.logprobs[kept])
     assert torch.equal(pruned.waveform, whole.waveform[kept])
     assert pruned.prompts == [text for text in TEXTS for _ in range(2)]
+    assert pruned.seeds == [whole.seeds[place] for place in kept.tolist()]
 
 
 def test_the_critic_sees_the_prefixes_and_their_prompts(model: siren.Siren, codec: siren.Codec) -> None:
@@ -121,6 +122,7 @@ def test_groups_stay_whole(model: siren.Siren, codec: siren.Codec) -> None:
     assert calls == [(i, 18) for i in range(1, 19)]
     whole = make(model, codec, **plan)
     assert torch.equal(split.codes, whole.codes)
+    assert split.seeds == whole.seeds
 
 
 def test_seeds_can_be_listed(model: siren.Siren, codec: siren.Codec) -> None:
