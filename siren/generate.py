@@ -105,7 +105,7 @@ def generate(
                     kept = prune.sample(session, prompt[rows], mask[rows], frames, rate, tick)
                     left += [seeds[first + place] for place in kept]
             except SamplingError as error:  # it counts from the first clip of this batch
-                raise SamplingError(renumber(str(error), range(first, first + batch))) from error
+                raise SamplingError(renumber(str(error), range(first, first + MAX_BATCH))) from error
             parts.append((session.codes, session.logprobs))
     codes, logprobs = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     waveform = codec.decode(codes.to(codec.device)).cpu()
