@@ -17,12 +17,17 @@ Every arm is `siren align` with the same steps, prompts, rollouts and learning r
     guided        expert 0, rollouts drawn with classifier-free guidance and the objective computed on that distribution
 
 Then the model before and the models after generate the same held-out prompts with the same noise, without guidance and,
-for expert 0's arms by reward, with it.
+for the arms anti-causal and guided, with it.
 The reward that is reported is the one that was optimised (the aligner of siren-mini): the tables say whether it was
 raised, not whether a listener agrees; benchmarks/retrieval.py --model asks another embedding.
 
-Intervals are 95%, by bootstrap over prompts and, where there are several, over seeds. All differences are paired: same
-prompts, same noise. What was finished by an earlier call with the same --out is not done again.
+Held-out prompts are other captions of the same eight kinds, often near the training ones in words. Kinds, temperature,
+rate and steps were settled by trials with other seeds, also by their held-out rewards. The shipped sampling settings of
+siren-mini (with top-k, 4 s) are not judged here.
+
+Intervals are 95%, over prompts and, where there are several, over seeds (alignment_report.interval). All differences
+are paired: same prompts, same noise. What was finished by an earlier call with the same --out is not done again; other
+options need another --out.
 """
 
 from __future__ import annotations
@@ -56,6 +61,7 @@ from siren.generate import find_codec
 from siren.manifest import MINI, read_manifest
 from siren.pretrained import missing
 from siren.sampler import Sampler
+from siren.train.run import fingerprint
 
 ARMS: dict[str, dict[str, Any]] = {
     "anti-causal": {"experts": (0,)},
@@ -66,7 +72,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 GUIDED = ("anti-causal", "guided")  # arms that are judged with guidance too
 BEFORE = "before"
-_JUDGED = 1 << 40  # key of the seeds for judging: no step of a run
+_JUDGED = 1 << 40  # in place of a run's seed, for the seeds of judging
+_OF_A_CALL = ("tokens", "out", "model", "reward", "arms", "seeds", "workers", "results", "markdown", "picture")
 
 
 def run(
@@ -117,6 +124,7 @@ def run(
             device="cpu", threads=1, tensorboard=False, progress=False, **values,
         )  # fmt: skip
 
+    check_folder(out, options, tokens, model, reward)
     runs = {(arm, seed): settings(arm, seed) for seed in numbers for arm in chosen}
     jobs = {f"align {arm} {seed}": (align_one, (given,)) for (arm, seed), given in runs.items()}
     checkpoints = {(arm, seed): Path(given.out) / "checkpoint" for (arm, seed), given in runs.items()}
@@ -151,6 +159,20 @@ def run(
         write_files({markdown: text.encode()})
     if picture is not None:
         write_files({picture: draw_curves(value)})
+
+
+def check_folder(out: Path, options: dict[str, Any], tokens: Path, model: str, reward: str) -> None:
+    """Note what the results in `out` depend on. Raises InputError if those that are there depend on something else."""
+    token_set, manifest = open_tokens(tokens), read_manifest(model)
+    shared = {name: value for name, value in options.items() if name not in _OF_A_CALL}
+    shared |= {"tokens": fingerprint(token_set, np.arange(len(token_set)))}
+    shared |= {"model": [entry.sha256 for entry in manifest.experts], "codec": find_codec(manifest).identity}
+    shared |= {"reward": RewardMix([load_reward(reward)]).identities}
+    before = json_file.read(out / "options.json")
+    changed = sorted(name for name in shared if before is not None and before.get(name) != shared[name])
+    if changed:
+        raise InputError(f"{out} holds runs with other {', '.join(changed)}; choose another --out")
+    json_file.write(out / "options.json", shared)
 
 
 def run_all(pool: ProcessPoolExecutor, jobs: dict[str, tuple[Any, tuple[Any, ...]]], title: str) -> dict[str, Any]:

@@ -11,28 +11,29 @@ import numpy.typing as npt
 
 from siren.pretrained import missing
 
-_RESAMPLES = 10_000
+_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 1.960)  # 97.5%: 1, 2 .. 9, many
 _HEAD = """# What alignment did to siren-mini
 
-Written by `python benchmarks/alignment.py`, whose docstring says how."""
+Written by `python benchmarks/alignment.py`, whose docstring says how and what it does not show."""
 _PAIRS = (("anti-causal", "causal"), ("anti-causal", "dpo"), ("anti-causal", "first-two"), ("anti-causal", "guided"))
 
 Array = npt.NDArray[np.float64]
 
 
-def interval(values: Array, resamples: int = _RESAMPLES) -> tuple[float, float]:
-    """95% of the mean of values [seeds, prompts], by bootstrap over prompts and seeds, each drawn by itself.
+def interval(values: Array) -> tuple[float, float]:
+    """95% of the mean of values [seeds, prompts], for other prompts of the kind and other seeds.
 
-    The prompts are the same for all seeds, so they are drawn for all at once. One seed: over prompts alone.
+    Two errors are added as squares: of the mean over the prompts, and of the mean over the seeds, by Student's t, since
+    seeds are few. Noise of single values is in both, so the interval is rather wide. One seed: prompts alone.
     """
-    rng = np.random.default_rng(0)
     seeds, prompts = values.shape
-    means = np.empty(resamples)
-    for i in range(resamples):
-        rows = values[rng.integers(0, seeds, seeds)].mean(axis=0)
-        means[i] = rows[rng.integers(0, prompts, prompts)].mean()
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
+    of_prompts = _STUDENT_T[-1] * values.mean(axis=0).std(ddof=1) / prompts**0.5
+    of_seeds = 0.0
+    if seeds > 1:
+        t = _STUDENT_T[min(seeds - 2, len(_STUDENT_T) - 1)]
+        of_seeds = t * values.mean(axis=1).std(ddof=1) / seeds**0.5
+    half = float(np.hypot(of_prompts, of_seeds))
+    return float(values.mean()) - half, float(values.mean()) + half
 
 
 class Scores:
@@ -112,8 +113,10 @@ def draw_curves(value: dict[str, Any]) -> bytes:
     for i, (arm, curves) in enumerate(arms.items()):
         for curve in curves:
             axes.plot(curve["held_out_steps"], curve["held_out_rewards"], color=f"C{i}", alpha=0.3, linewidth=1)
-        mean = np.mean([curve["held_out_rewards"] for curve in curves], axis=0)
-        axes.plot(curves[0]["held_out_steps"], mean, color=f"C{i}", linewidth=2, marker="o", label=arm)
+        points = [dict(zip(c["held_out_steps"], c["held_out_rewards"], strict=True)) for c in curves]
+        steps = sorted(set.intersection(*(set(values) for values in points)))
+        mean = [np.mean([values[step] for values in points]) for step in steps]
+        axes.plot(steps, mean, color=f"C{i}", linewidth=2, marker="o", label=arm)
     axes.set_xlabel("steps")
     axes.set_ylabel("reward on held-out prompts")
     axes.legend()

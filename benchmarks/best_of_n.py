@@ -1,4 +1,4 @@
-"""Does pruning by a critic choose better sounds than best-of-N, at equal sampled frames?
+"""Does pruning by a critic choose better sounds than best-of-N, sampling at most as many frames?
 
     python benchmarks/best_of_n.py --critic out/critic --tokens out/tokens
 
@@ -136,16 +136,16 @@ def run(
     model: Annotated[str, typer.Option(help="Name or checkpoint folder.")] = "siren-mini",
     reward: Annotated[str, typer.Option(help="As in siren align.")] = "aligner",
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts, or all there are.")] = 113,
-    val_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="As in training.")] = 0.05,
+    val_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="That of the critic's training.")] = 0.05,
     best_of: Annotated[int, typer.Option(min=1, max=MAX_BATCH, help="M, sounds of best-of-M.")] = 4,
     plans: Annotated[str, typer.Option(help="N:t:K, with commas between; t in frames.")] = "10:25:2,7:33:2,6:50:2",
-    seconds: Annotated[float, typer.Option(min=0.02, help="Length of a sound.")] = 2.0,
+    seconds: Annotated[float | None, typer.Option(help="By default, as the next four, what the critic knows.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
     first_seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    guidance_scale: float = 1.0,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance_scale: float | None = None,
     backend: str = "auto",
     weights: str = "bf16",
     threads: Annotated[int, typer.Option(help="Of the cpu backend; 0: all cores.")] = 0,
@@ -157,17 +157,22 @@ def run(
     manifest = read_manifest(model)
     codec = find_codec(manifest)
     token_set = open_tokens(tokens)
-    frames = check_tokens(manifest, token_set, codec, seconds)
     scorer = Critic.from_pretrained(critic, codec)
     scorer.check(codec, manifest.config.prompt_dim)
+    asked = {"seconds": seconds, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked |= {"guidance_scale": guidance_scale}
+    options = {name: scorer.sampling[name] if value is None else value for name, value in asked.items()}
+    given |= options
+    frames = check_tokens(manifest, token_set, codec, options.pop("seconds"))
     chosen = read_plans(plans, frames, best_of)
     training, validation = split(token_set, val_fraction)
     held_out = PromptSet(token_set, validation, without=PromptSet(token_set, training)).some(prompts)
     if len(held_out) < 2:
-        raise InputError(f"{len(held_out)} held-out prompts; raise --val-fraction")
+        raise InputError(
+            f"{len(held_out)} held-out prompts: train the critic with a larger --val-fraction, and pass the same here"
+        )
     mix = RewardMix([load_reward(reward)])
     sampler = siren.Sampler(manifest, backend, weights, threads or None)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     bench = Bench(sampler, codec, mix, held_out, frames, options)
 
     value = {

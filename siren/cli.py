@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def generate(
 
     check_whole("--n", n, MAX_CLIPS)
     check_whole("--best-of", best_of, MAX_CLIPS)
+    if 1 < best_of < n:
+        raise InputError(f"--best-of {best_of} is less than the {n} clips of --n")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("pictures need matplotlib: pip install 'siren[pictures]'")
     if out_dir is None:
@@ -132,6 +135,8 @@ def generate(
         threads=threads,
         batch_size=batch_size,
     )
+    if reward is not None and all(map(math.isnan, audio.scores)):
+        raise InputError(f"the reward gave none of the {len(audio)} clips a score, so none is the best")
     _save(audio[:n], targets)
     for paths in targets:
         typer.echo("\n".join(map(str, paths)))

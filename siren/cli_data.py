@@ -31,7 +31,7 @@ def procedural(
     scenes: Annotated[float, typer.Option(help="Share of clips with two or three events.")] = 0.2,
     seed: Annotated[int, typer.Option(help="The same seed gives the same clips.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Processes; one for each CPU by default.")] = None,
-    labels: Annotated[str, typer.Option(help="Kinds of sound, with commas between; all by default.")] = "",
+    labels: Annotated[str, typer.Option(help="Kinds of single sounds, with commas between; scenes are of all.")] = "",
 ) -> None:
     """Synthetic rain, bells, sirens and more, with captions: any amount, nothing downloaded."""
     from .data.procedural import CLASSES, make_procedural

@@ -12,6 +12,7 @@ rewards it would have to tell apart.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from .checkpoint import replace_folder, sync
 from .codec import Codec
 from .errors import CheckpointError, InputError
+from .manifest import GENERATION
 from .pretrained import CONFIG, WEIGHTS, check_weights, find_folder, read_config, read_weights, write_weights
 
 MODEL_TYPE = "siren-critic"
@@ -113,13 +115,16 @@ class CriticModel(nn.Module):
 class Critic:
     """A frozen critic in float32 on the CPU: `Critic.from_pretrained`, or `Critic(model, codec)`.
 
-    `codec` is the one the model was built with. Every sound runs alone, so a score does not depend on the others'
-    company, nor on a prompt's padding. Threads may share one.
+    `codec` is the one the model was built with. `sampling`: length and settings of the sounds it was trained on, the
+    only ones it knows, under the names of siren.manifest.GENERATION; nothing checks that it is used for such sounds.
+    Every sound runs alone, so a score does not depend on the others' company, nor on a prompt's padding. Threads may
+    share one.
     """
 
-    def __init__(self, model: CriticModel, codec: Codec) -> None:
+    def __init__(self, model: CriticModel, codec: Codec, sampling: Mapping[str, float] = GENERATION) -> None:
         self.model = model.float().eval().requires_grad_(False)
         self.codec_identity = codec.identity
+        self.sampling = dict(sampling)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, codec: Codec) -> Critic:
@@ -129,16 +134,16 @@ class Critic:
         critic was trained with.
         """
         folder = find_folder(name, "a critic")
-        config, identity = _check_config(read_config(folder), str(folder / CONFIG))
+        config, identity, sampling = _check_config(read_config(folder), str(folder / CONFIG))
         if identity != codec.identity:
             raise CheckpointError(f"{folder}: the critic was trained with the codec {identity}, not {codec.identity}")
         weights, _ = read_weights(folder)
         with torch.random.fork_rng(devices=[]):
             model = CriticModel(config, codec)
-        model.load_state_dict(check_weights(weights, model.state_dict(), folder), strict=False)
+        model.load_state_dict(check_weights(weights, model.state_dict(), folder))
         if not bool((model.frame_spread > 0).all()) or not bool(model.reward_spread > 0):
             raise CheckpointError(f"{folder}: a standard deviation is not above 0; the model cannot be used")
-        return cls(model, codec)
+        return cls(model, codec, sampling)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a critic folder. It appears whole or not at all; a critic that is there is replaced.
@@ -197,7 +202,8 @@ class Critic:
             raise InputError("every prompt needs a token")
 
     def _write(self, folder: Path) -> None:
-        values = {"model_type": MODEL_TYPE, "codec": self.codec_identity} | asdict(self.config)
+        values = {"model_type": MODEL_TYPE, "codec": self.codec_identity, "sampling": self.sampling}
+        values |= asdict(self.config)
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         write_weights(folder, self.model.state_dict())
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # newer safetensors write for the owner only
@@ -205,22 +211,29 @@ class Critic:
             sync(path)
 
 
-def _check_config(values: dict[str, Any], where: str) -> tuple[CriticConfig, str]:
-    """The config of untrusted values, and the codec's identity."""
+def _check_config(values: dict[str, Any], where: str) -> tuple[CriticConfig, str, dict[str, float]]:
+    """The config of untrusted values, the codec's identity, and what it was trained on."""
     if values.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{where}: model_type must be '{MODEL_TYPE}', not {values.get('model_type')!r}")
     sizes = {field.name for field in fields(CriticConfig)}
     for title, names in (
         ("lacks", sizes - values.keys()),
-        ("unknown fields", values.keys() - sizes - {"model_type", "codec"}),
+        ("unknown fields", values.keys() - sizes - {"model_type", "codec", "sampling"}),
     ):
         if names:
             raise CheckpointError(f"{where}: {title} {', '.join(sorted(names))}")
     identity = values.get("codec")
     if not isinstance(identity, str):
         raise CheckpointError(f"{where}: codec must be the identity of a codec, not {identity!r}")
+    sampling = values.get("sampling")
+    if (
+        not isinstance(sampling, dict)
+        or sampling.keys() != GENERATION.keys()
+        or not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in sampling.values())
+    ):
+        raise CheckpointError(f"{where}: sampling must have numbers for {', '.join(GENERATION)}, not {sampling!r}")
     try:
-        return CriticConfig(**{name: values[name] for name in sizes}), identity
+        return CriticConfig(**{name: values[name] for name in sizes}), identity, sampling
     except InputError as error:
         raise CheckpointError(f"{where}: {error}") from error
 

@@ -28,6 +28,7 @@ from .critic import Critic, CriticConfig, CriticModel
 from .data.tokens import check_codec, check_encoder, open_tokens, split
 from .errors import CheckpointError, InputError, SirenError
 from .generate import MAX_BATCH, check_whole, fill_in, find_codec, find_encoder
+from .jsonl import check_folder
 from .manifest import MINI, Manifest, read_manifest
 from .sampler import Sampler
 from .sampling import SamplingSettings
@@ -119,7 +120,8 @@ def train_critic(
     """
     _check_arguments(locals())
     out = Path(out).expanduser()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    check_folder(out)
+    if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} exists; choose another folder for the critic")
     manifest = read_manifest(model)
     given = {"seconds": seconds, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -160,7 +162,7 @@ def train_critic(
         raise SirenError(f"{len(learned)} of {count * generations} rollouts have a reward: {failures}")
     network = start(CriticConfig(tokens.prompt_dim, dim, layers), codec, learned, seed)
     fit(network, learned, steps, batch_size, learning_rate, gae_lambda, seed, progress)
-    critic = Critic(network, codec)
+    critic = Critic(network, codec, {"seconds": seconds} | options)
     foresight = None if kept_out is None or not len(kept_out) else foresee(critic, kept_out)
     critic.save_pretrained(out)
     lost = learned.left_out + (0 if kept_out is None else kept_out.left_out)

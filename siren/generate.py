@@ -69,6 +69,10 @@ def generate(
     """
     check_whole("num_return_sequences", num_return_sequences, MAX_CLIPS)
     check_whole("batch_size", batch_size, MAX_BATCH)
+    if rerank is not None and not callable(rerank):
+        raise InputError(f"rerank must be a function, such as siren.align.rewards.load_reward gives, not {rerank!r}")
+    if prune is not None and not isinstance(prune, Pruning):
+        raise InputError(f"prune must be a siren.Pruning, not {prune!r}")
     given = {"seconds": seconds, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     options = fill_in(model, given | {"guidance_scale": guidance_scale})
     seconds = options.pop("seconds")

@@ -7,16 +7,16 @@ See `generate(..., prune=)`. Left out: several stages.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol
 
 from torch import Tensor
 
-from .codec import Codec
+from .codec import MAX_SECONDS, Codec
 from .errors import InputError, SamplingError
+from .rerank import highest_first
 from .sampler import Session
 from .sampling import renumber
 
@@ -51,8 +51,8 @@ class Pruning:
         if self.keep > self.prefixes:
             raise InputError(f"keep is {self.keep}, more than the {self.prefixes} prefixes there are")
         seconds = self.prefix_seconds
-        if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf:
-            raise InputError(f"prefix_seconds must be a number above 0, not {seconds!r}")
+        if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds <= MAX_SECONDS:
+            raise InputError(f"prefix_seconds must be a number above 0 and at most {MAX_SECONDS}, not {seconds!r}")
         for name in ("score", "check"):
             if not callable(getattr(self.critic, name, None)):
                 raise InputError(f"the critic must be a siren.critic.Critic, or have its {name}, not {self.critic!r}")
@@ -60,11 +60,6 @@ class Pruning:
     def prefix_frames(self, frame_rate: float) -> int:
         """Frames of a prefix, at least 1, at `frame_rate` frames a second."""
         return max(1, round(self.prefix_seconds * frame_rate))
-
-    def frames_sampled(self, frames: int, frame_rate: float) -> int:
-        """All frames that are sampled for a prompt whose sounds have `frames` frames. Raises InputError as `check`."""
-        prefix = self._prefix_of(frames, frame_rate)
-        return self.prefixes * prefix + self.keep * (frames - prefix)
 
     def check(self, codec: Codec, prompt_dim: int, frames: int, count: int, most: int) -> None:
         """Raise InputError unless `count` sounds a prompt of `frames` frames can be had by it, `most` at once."""
@@ -95,10 +90,12 @@ class Pruning:
         """
         prefix = self._prefix_of(frames, frame_rate)
         session.step(prefix, on_frame)
-        scores = self.critic.score(session.codes, prompt, prompt_mask).tolist()
-        if len(scores) != session.batch:
-            raise InputError(f"the critic gave {len(scores)} scores for {session.batch} prefixes")
-        kept = best_of_groups(scores, self.prefixes, self.keep)
+        found = self.critic.score(session.codes, prompt, prompt_mask)
+        if not isinstance(found, Tensor) or found.shape != (session.batch,):
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise InputError(f"the critic must give a tensor [{session.batch}] of scores, not {shape}")
+        scores = found.tolist()
+        kept = highest_first(scores, self.prefixes, self.keep)
         session.select(kept)
         if prefix < frames:
             try:
@@ -112,13 +109,3 @@ class Pruning:
         if prefix > frames:
             raise InputError(f"a prefix of {prefix} frames is longer than the sound, which has {frames}")
         return prefix
-
-
-def best_of_groups(scores: Sequence[float], size: int, keep: int) -> list[int]:
-    """Places of the `keep` highest scores of each `size` in a row, the highest first.
-
-    Of equal ones the earlier place is first, and NaN comes after everything else.
-    """
-    ranks = [(math.isnan(score), -score) for score in scores]
-    groups = (range(first, first + size) for first in range(0, len(scores), size))
-    return [place for group in groups for place in sorted(group, key=ranks.__getitem__)[:keep]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,8 +114,32 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         stop_at(patch, step)
         with pytest.raises(TrainingStoppedError, match=f"stopped at step {step + 1} of 6"):
             align(settings(inputs, tmp_path / "stopped"))
-    align(settings(inputs, tmp_path / "stopped"))
-    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    for _ in range(2):  # the second time there is nothing left to do
+        align(settings(inputs, tmp_path / "stopped"))
+        assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_an_evaluation_survives_a_signal_and_a_kill(
+    tmp_path: Path, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the last step saves; the next start evaluates, is killed there, and the one after it still does."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(self: Alignment) -> None:
+        raise Killed
+
+    align(settings(inputs, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(TrainingStoppedError):
+            align(settings(inputs, tmp_path / "run"))
+        patch.setattr(Alignment, "evaluate", die)
+        with pytest.raises(Killed):
+            align(settings(inputs, tmp_path / "run"))
+    align(settings(inputs, tmp_path / "run"))
+    assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -264,6 +289,38 @@ def test_what_cannot_be_is_said_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         align(settings(inputs, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": 0}, "experts must be a list"),
+        ({"reward_weights": 5.0}, "reward_weights must be a list"),
+        ({"reward_funcs": low_codes}, "reward_funcs must be a list"),
+        ({"reward_funcs": [3]}, "names or functions"),
+        ({"betas": 0.9}, "betas must be a list"),
+        ({"betas": (0.9, 1.5)}, "betas must be two numbers"),
+    ],
+)
+def test_settings_of_another_type(inputs: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        settings(inputs, Path("run"), **changes)
+
+
+def test_a_reward_is_not_copied(tmp_path: Path, inputs: dict[str, Any]) -> None:
+    """One that holds what cannot be copied, such as a lock, is used as it is; so is a folder that a kill has left."""
+
+    class Locked:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __call__(self, *given: Any, **more: Any) -> list[float]:
+            with self.lock:
+                return low_codes(*given, **more)
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".siren-0123").touch()
+    align(settings(inputs, tmp_path / "run", reward_funcs=[Locked()], max_steps=1, eval_prompts=0))
 
 
 def test_a_run_is_not_mixed_with_another(tmp_path: Path, inputs: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def test_the_best_clips_are_written_best_first(work: Path, demo: Path, capfd: py
     file too, with their scores and the seeds that make them again."""
     (work / "rewards.py").write_text(
         "def low(prompts, completions, codes, **_): return (-codes.mean((1, 2))).tolist()\n"
-        "def none(prompts, completions, **_): return [None] * len(prompts)\n"
+        "def some(prompts, completions, **_): return [None if 'wind' in p else 1 for p in prompts]\n"
         "def broken(*_, **__): return 1 / 0\n"
     )
     given = ["--model", str(demo), "--seconds", "0.1", "--seed", "5"]
@@ -94,13 +94,16 @@ def test_the_best_clips_are_written_best_first(work: Path, demo: Path, capfd: py
     assert results[1]["seed"] == 5 + order[0]
     assert results[1]["score"] == pytest.approx(-float(means[order[0]].mean()), abs=1e-6)
     assert Path("o/2.wav").read_bytes() == Path("best-0.wav").read_bytes()
-    main(["generate", "p.jsonl", "--out-dir", "o2", *given, "--rerank", "rewards.py:none"])
-    assert json.loads(Path("o2/results.jsonl").read_text().splitlines()[0])["score"] is None
+    main(["generate", "p.jsonl", "--out-dir", "o2", *given, "--rerank", "rewards.py:some"])
+    results = [json.loads(line) for line in Path("o2/results.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in results] == [None, 1]
+    assert "a score" in fails(capfd, "generate", "wind", "x.wav", *given, "--rerank", "rewards.py:some")
 
     capfd.readouterr()
     for name, words in (("rewards.py:broken", "ZeroDivisionError"), ("loudest", "no reward 'loudest'")):
         assert words in fails(capfd, "generate", "rain", "x.wav", *given, "--best-of", "2", "--rerank", name)
-    assert "--best-of" in fails(capfd, "generate", "rain", "x.wav", *given, "--best-of", "0")
+    for sizes in (["--best-of", "0"], ["--best-of", "2", "--n", "3"]):
+        assert "--best-of" in fails(capfd, "generate", "rain", "x.wav", *given, *sizes)
 
 
 def test_generate_writes_sound_and_picture(work: Path, demo: Path, capfd: pytest.CaptureFixture[str]) -> None:

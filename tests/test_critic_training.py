@@ -230,6 +230,8 @@ def test_a_folder_in_use_is_refused(inputs: dict[str, Any], tmp_path: Path) -> N
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(CheckpointError, match="exists"):
         train(inputs, tmp_path)
+    with pytest.raises(InputError, match="not a folder"):  # before the rollouts, not after them
+        train(inputs, tmp_path / "thesis.txt" / "critic")
 
 
 def test_command(inputs: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,15 @@ def test_batch_size_bounds_what_is_decoded_together(model: siren.Siren, batches:
     assert torch.equal(again.codes[0], whole.codes[3])
 
 
+def test_a_reward_and_a_pruning_have_their_types(model: siren.Siren, batches: list[int]) -> None:
+    """Names are for the command line; nothing is sampled before it is said."""
+    with pytest.raises(siren.InputError, match="rerank must be a function"):
+        model.generate("rain", seconds=0.04, rerank="aligner", progress=False)
+    with pytest.raises(siren.InputError, match=r"prune must be a siren\.Pruning"):
+        model.generate("rain", seconds=0.04, prune=lambda *_: None, progress=False)
+    assert not batches
+
+
 def test_jobs_honour_the_batch_size(folder: Path, tmp_path: Path, batches: list[int]) -> None:
     """Also where one line of the file asks for more clips than that."""
     jobs = [Job("line 1", "rain", "a", 0, 0.04), Job("line 2", "wind", "b", 9, 0.04)]

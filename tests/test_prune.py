@@ -12,7 +12,8 @@ from training_runs import TINY, make_codec
 import siren
 from siren.errors import InputError, SamplingError
 from siren.generate import generate
-from siren.prune import Pruning, best_of_groups
+from siren.prune import Pruning
+from siren.rerank import highest_first
 
 NAN = float("nan")
 FRAME = 0.02  # seconds
@@ -142,7 +143,7 @@ def test_a_real_critic_and_a_rerank(model: siren.Siren, codec: siren.Codec) -> N
     reward: list[float | None] = [0.0, 3.0, 1.0, 2.0, None, 5.0]
     whole = make(model, codec, num_return_sequences=4)
     states, mask = (part.repeat_interleave(4, 0) for part in Words()(TEXTS, 64))
-    kept = best_of_groups(critic.score(whole.codes, states, mask).tolist(), 4, 2)
+    kept = highest_first(critic.score(whole.codes, states, mask).tolist(), 4, 2)
     plan = {"num_return_sequences": 2, "prune": Pruning(critic, 4, 9 * FRAME, 2)}
     assert torch.equal(make(model, codec, **plan).codes, whole.codes[kept])
     ranked = make(model, codec, rerank=lambda *_, **__: reward, **plan)
@@ -150,21 +151,11 @@ def test_a_real_critic_and_a_rerank(model: siren.Siren, codec: siren.Codec) -> N
     assert ranked.scores[:3] == [3.0, 0.0, 2.0]
 
 
-def test_best_of_groups() -> None:
+def test_highest_first() -> None:
     """Each group for itself; of equal scores the earlier place, NaN after minus infinity."""
-    assert best_of_groups([1.0, 3.0, 2.0, 9.0, 9.0, 8.0], 3, 2) == [1, 2, 3, 4]
-    assert best_of_groups([NAN, 0.0, -float("inf"), NAN], 4, 3) == [1, 2, 0]
-    assert best_of_groups([0.0] * 4, 2, 1) == [0, 2]
-
-
-@pytest.mark.parametrize(
-    ("frames", "seconds", "sampled"), [(100, 0.5, 400), (100, 0.501, 400), (25, 0.5, 250), (100, 1e-9, 10 + 2 * 99)]
-)
-def test_frames_sampled(frames: int, seconds: float, sampled: int) -> None:
-    plan = Pruning(Scores(by_code), 10, seconds, 2)
-    assert plan.frames_sampled(frames, 50.0) == sampled
-    with pytest.raises(InputError, match="longer than the sound"):
-        Pruning(Scores(by_code), 10, 0.52, 2).frames_sampled(25, 50.0)
+    assert highest_first([1.0, 3.0, 2.0, 9.0, 9.0, 8.0], 3, 2) == [1, 2, 3, 4]
+    assert highest_first([NAN, 0.0, -float("inf"), NAN], 4, 3) == [1, 2, 0]
+    assert highest_first([0.0] * 4, 2, 1) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +204,7 @@ def test_refused_before_anything_is_sampled(
 
 
 def test_a_critic_that_gives_too_few_scores(model: siren.Siren, codec: siren.Codec) -> None:
-    with pytest.raises(InputError, match="1 scores for 9 prefixes"):
+    with pytest.raises(InputError, match=r"must give a tensor \[9\] of scores"):
         make(model, codec, prune=Pruning(Scores(lambda codes: [0.0]), 3, FRAME, 1))
 
 

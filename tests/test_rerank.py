@@ -57,3 +57,29 @@ def test_scores_stay_with_their_clips() -> None:
     assert ranked.scores == [3.0, 2.0, 1.0]
     assert ranked[0].scores == [3.0]
     assert ranked[1:].scores == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("answer", [None, 0.5, [10**400, 1]])
+def test_answers_that_rank_nothing(answer: Any) -> None:
+    """A function that forgot to return, one number for all, one too large."""
+    with pytest.raises(InputError, match="rerank"):
+        best_first(make(2, ["rain"]), 2, lambda *_, **__: answer)
+
+
+def test_a_reward_that_writes_into_its_arguments() -> None:
+    audio = make(2, ["rain"])
+    before = audio.waveform.clone(), audio.codes.clone()
+
+    def reward(prompts: list[str], completions: list[np.ndarray], codes: np.ndarray, **_: Any) -> list[float]:
+        for wave in completions:
+            wave *= 0
+        codes[:] = 0
+        return [2.0, 1.0]
+
+    ranked = best_first(audio, 2, reward)
+    assert torch.equal(ranked.waveform, before[0]) and torch.equal(ranked.codes, before[1])
+
+
+def test_the_lowest_score_is_before_none() -> None:
+    ranked = best_first(make(3, ["rain"]), 3, lambda *_, **__: [None, -math.inf, 0.0])
+    assert ranked.codes[:, 0, 0].tolist() == [2, 1, 0]

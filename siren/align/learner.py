@@ -53,7 +53,7 @@ class Learner:
     def learn(self, rollouts: Rollouts, learning_rate: float) -> dict[str, float]:
         """All updates on this process's rollouts, whole groups; returns what is logged, of all processes together.
 
-        Raises FloatingPointError, before the weights change, if a gradient is not finite. All processes must call.
+        Raises FloatingPointError, before that update, if a gradient is not finite. All processes must call.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -36,7 +36,7 @@ from .rewards import RewardMix
 from .rollout import Rollouts, roll_out
 from .settings import AlignSettings
 
-_EVALUATION = 1 << 31  # in place of a step, for the seeds of evaluations
+_EVALUATION = 1 << 41  # in place of a run's seed, which is below 2^32, for the seeds of evaluations
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Alignment:
         self.frames = round(settings.seconds * job.codec.sample_rate / job.codec.hop_length)
         self.learner = Learner(settings, job.model, job.reference, self.frames, job.world)
         self.step, self.saved, self.failures = 0, -1, 0
+        self.evaluation_due = False
         self.logs: Any = None  # of process 0
 
     def run(self) -> None:
@@ -79,6 +80,10 @@ class Alignment:
         try:
             if self.step == 0:
                 self.evaluate()
+            elif self.evaluation_due:
+                self.evaluate()
+                self.evaluation_due, self.saved = False, -1
+                self.save()  # again, or the next start would evaluate once more
             while self.step < settings.max_steps:
                 record = self.one_step()
                 self.log(record)
@@ -86,16 +91,16 @@ class Alignment:
                 bar.update()
                 signal = world.largest(self.stop.received)
                 last = self.step == settings.max_steps
+                self.evaluation_due = last or _due(self.step, settings.eval_every)
                 if signal:
-                    self.save()  # first: whoever sent the signal may not wait for the evaluation
-                if last or _due(self.step, settings.eval_every):
-                    self.evaluate()
-                if last or _due(self.step, settings.save_every):
-                    self.save()  # last: what is not logged yet is done again after a kill
-                if signal:
+                    self.save()  # whoever sent the signal may not wait for the evaluation; the next start does it
                     raise TrainingStoppedError(
                         signal, f"stopped at step {self.step} of {settings.max_steps}; the same command goes on there"
                     )
+                if self.evaluation_due:
+                    self.evaluate()
+                if last or _due(self.step, settings.save_every):
+                    self.save()  # last: what is not logged yet is done again after a kill
         finally:
             bar.close()
             if self.logs is not None:
@@ -144,8 +149,7 @@ class Alignment:
         if self.failures >= settings.max_failures:
             reasons = "; ".join(f"{name} ({count} times)" for name, count in failures.items())
             raise TrainingError(
-                f"no rollout of the last {self.failures} steps has a reward: {reasons}. The last state, of step "
-                f"{max(self.saved, 0)}, is kept"
+                f"no rollout of the last {self.failures} steps has a reward: {reasons}; {self.what_is_kept()}"
             )
         record: dict[str, Any] = {}
         if known.any():  # a step without rewards has none to log
@@ -167,11 +171,14 @@ class Alignment:
         except FloatingPointError as error:
             raise TrainingError(
                 f"the gradient of step {self.step + 1} is not finite ({error}): lower learning_rate, or use precision "
-                f"fp32; the last state, of step {max(self.saved, 0)}, is kept"
+                f"fp32; {self.what_is_kept()}"
             ) from error
         for k, expert in self.learner.experts.items():
             self.job.sampler.load_expert(k, expert)
         return learned | {"learning_rate": rate}
+
+    def what_is_kept(self) -> str:
+        return "nothing was saved yet" if self.saved < 0 else f"the last state, of step {self.saved}, is kept"
 
     def evaluate(self) -> None:
         """The mean reward on the held-out prompts, always with the same noise, so that changes are the policy's."""
@@ -211,6 +218,7 @@ class Alignment:
             "total_steps": self.job.settings.max_steps,
             "settings": self.job.agreed,
             "failures": self.failures,
+            "evaluation_due": self.evaluation_due,
             "torch": torch.__version__,
         }
         optimizer = optimizer_tensors(self.learner.optimizer, self.learner.parameters)
@@ -234,6 +242,7 @@ class Alignment:
         load_optimizer(self.learner.optimizer, self.learner.parameters, state.optimizer)
         self.step = self.saved = int(state.values["step"])
         self.failures = int(state.values["failures"])
+        self.evaluation_due = bool(state.values["evaluation_due"])
 
 
 def _due(step: int, every: int) -> bool:

@@ -118,8 +118,13 @@ def _check_folder(out: Path, job: Job) -> None:
         check_same(before, job.agreed, path)
         if not job.settings.resume:
             raise InputError(f"{out} holds a run already; resume it, or choose another folder")
-    elif out.exists() and any(child.name not in (LOCK, METRICS) for child in out.iterdir()):
+    elif out.exists() and not all(_is_ours(child.name) for child in out.iterdir()):
         raise InputError(f"{out} is not empty and holds no run; choose another folder")
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a file of a folder without run.json was left by a run that ended while it began."""
+    return name in (LOCK, METRICS) or name.startswith(".siren-")
 
 
 def _begin(out: Path, job: Job) -> None:

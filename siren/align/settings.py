@@ -15,7 +15,7 @@ from ..train.settings import CHECKPOINT_DTYPES, PRECISIONS
 LOSSES = ("grpo", "dpo")
 REWARD_WEIGHTS = 1e-9  # the least sum of absolute weights
 
-# What may change between a stop and a resume: it moves work around and leaves what is computed as it is.
+# What may change between a stop and a resume: it moves work around. Another device or backend rounds differently.
 _FREE = {
     *("model", "data", "out", "reward_funcs", "max_steps", "eval_every", "save_every", "keep", "resume", "device"),
     *("rollout_batch_size", "checkpoint_activations", "backend", "threads", "tensorboard", "wandb", "progress"),
@@ -127,8 +127,16 @@ class AlignSettings:
         ):
             if getattr(self, name) not in names:
                 raise InputError(f"{name} must be one of {', '.join(names)}, not {getattr(self, name)!r}")
-        if not self.reward_funcs or isinstance(self.reward_funcs, str):
-            raise InputError("reward_funcs must be a list of at least one reward")
+        for name in ("reward_funcs", "reward_weights", "experts", "betas"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not (
+                isinstance(value, Sequence) or (name == "reward_weights" and value is None)
+            ):
+                raise InputError(f"{name} must be a list, not {value!r}")
+        if not self.reward_funcs or not all(isinstance(f, str) or callable(f) for f in self.reward_funcs):
+            raise InputError("reward_funcs must be a list of at least one reward, names or functions")
+        if len(self.betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.betas):
+            raise InputError(f"betas must be two numbers from 0 to below 1, not {self.betas!r}")
         weights = self.reward_weights
         if weights is not None and (
             len(weights) != len(self.reward_funcs)
@@ -146,7 +154,7 @@ class AlignSettings:
 
     def of_the_result(self) -> dict[str, Any]:
         """The settings that what is learned depends on, as JSON values. Rewards are named by their functions."""
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in _FREE}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _FREE}
         return values | {
             "experts": list(self.experts),
             "betas": list(self.betas),
