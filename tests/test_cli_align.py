@@ -50,12 +50,12 @@ def command(*more: str) -> list[str]:
     return ["align", "tokens", "--out", "run", "--model", "model", "--reward", "./rewards.py:low", *SMALL, *more]
 
 
-@pytest.mark.parametrize("reward", ["./rewards.py:low", "my_rewards:low"])
+@pytest.mark.parametrize("reward", ["./rewards.py:low", "rewards_of_the_command:low"])
 def test_from_a_checkpoint_to_an_aligned_one(
     work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], reward: str
 ) -> None:
     """A reward of a file or a module; the run's log, a checkpoint whose first expert has learned. Again: nothing."""
-    (work / "my_rewards.py").write_text(REWARD)
+    (work / "rewards_of_the_command.py").write_text(REWARD)
     monkeypatch.syspath_prepend(work)
     words = [*command()[:6], "--reward", reward, *SMALL, "--learning-rate", "1e-3", "--save-every", "1", "--keep", "1"]
     main(words)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, library
 
@@ -99,17 +99,22 @@ def test_gradient(size: tuple[int, ...], dtype: torch.dtype, device: str) -> Non
     dropped=st.integers(0, 3),
     skewed=st.booleans(),
 )
+@example(size=(1, 2, 2, 2, 3, 37), dtype=torch.float32, dropped=2, skewed=True)
 def test_random_sizes(size: tuple[int, ...], dtype: torch.dtype, dropped: int, skewed: bool, device: str) -> None:
     """Sums and gradient, of all codebooks or of a slice of them, with codes spread evenly or nearly all the same."""
     tables, codes = inputs(*size, dtype, device)
     if skewed:
         codes = codes * (torch.rand(codes.shape, device=device) < 0.1)
     kept = max(size[1] - dropped, 1)
-    d_sums = torch.randn(size[0], size[4], size[5], size[3], device=device)
     part, codes = tables[:, :kept], codes[:, :kept]
     assert torch.equal(rvq_embed(part, codes), rvq_embed_reference(part, codes))
-    theirs = gradient(rvq_embed_reference, part, codes, d_sums)
-    assert_as_good(gradient(rvq_embed, part, codes, d_sums), theirs, exact_gradient(part, codes, d_sums))
+    draws = -(-64 // part.numel())  # in a sum or two PyTorch's error may be small by luck
+    found = []
+    for _ in range(draws):
+        d_sums = torch.randn(size[0], size[4], size[5], size[3], device=device)
+        theirs = gradient(rvq_embed_reference, part, codes, d_sums)
+        found.append((gradient(rvq_embed, part, codes, d_sums), theirs, exact_gradient(part, codes, d_sums)))
+    assert_as_good(*(torch.stack(values) for values in zip(*found, strict=True)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -99,6 +99,7 @@ class Alignment:
                     )
                 if self.evaluation_due:
                     self.evaluate()
+                    self.evaluation_due = False
                 if last or _due(self.step, settings.save_every):
                     self.save()  # last: what is not logged yet is done again after a kill
         finally:
