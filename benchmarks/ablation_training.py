@@ -5,6 +5,7 @@ Everything is resumable: what a call finished is not done again, and what it beg
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from siren.data.tokens import open_tokens
 from siren.expert import Expert
 from siren.train import TrainSettings, train
 from siren.train.batches import weight_seed
+from siren.train.logs import METRICS
 
 
 @dataclass(frozen=True)
@@ -143,3 +145,22 @@ def align_arm(scale: Scale, arm: str) -> None:
             **sampling,
         )
     )
+
+
+def parameters_of(scale: Scale, arm: str) -> int:
+    """Trainable parameters of all experts."""
+    config = arm_config(scale, arm)
+    with torch.device("meta"):
+        expert = Expert(config, 0)
+    return config.num_experts * sum(p.numel() for p in expert.parameters() if p.requires_grad)
+
+
+def training_seconds(scale: Scale, arm: str) -> float:
+    """Time that an arm's updates took in one thread each, by its metrics; alignment without what it began with."""
+    run = folder_of(scale, arm) / "run"
+    if ARMS[arm].base is not None:
+        names = ("rollout_seconds", "codec_seconds", "reward_seconds", "update_seconds")
+        lines = (json.loads(line) for line in (run / METRICS).read_text().splitlines())
+        return sum(line.get(name, 0.0) for line in lines for name in names)
+    lines = (json.loads(line) for path in run.glob(f"expert_*/{METRICS}") for line in path.read_text().splitlines())
+    return sum(line["frames"] / line["frames_per_second"] for line in lines if "frames_per_second" in line)

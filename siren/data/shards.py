@@ -77,7 +77,8 @@ def pack_shard(clips: Sequence[Clip], codebook_size: int) -> bytes:
         tensors["crop_offsets"] = _offsets([len(start) for start in starts])
     text = json.dumps({"captions": list(captions), "clips": described}, ensure_ascii=False, separators=(",", ":"))
     tensors["description"] = np.frombuffer(text.encode(), np.uint8)
-    return safetensors.numpy.save(tensors)
+    # safetensors writes the bytes of a transposed array as they lie.
+    return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
 
 
 def code_type(codebook_size: int) -> type[np.signedinteger]:
