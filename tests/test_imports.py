@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # siren, such as data, is one name here; between its modules imports only may not go round in a circle.
 LAYERS = [
     ["errors"],
+    ["shard"],
     ["mel"],
     ["config"],
     ["manifest"],
