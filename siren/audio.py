@@ -154,15 +154,18 @@ def _check_path(path: str | Path, suffixes: Sequence[str]) -> Path:
     return target
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files that each appear whole or not at all; none appears if one cannot be written. Raises SirenError."""
+def write_files(contents: Mapping[Path, bytes], mark: str = "") -> None:
+    """Write files that each appear whole or not at all; none appears if one cannot be written. Raises SirenError.
+
+    A kill can leave files beside them, whose names begin with ".siren-" and `mark`.
+    """
     temporaries: dict[Path, Path] = {}
     path = Path()
     try:
         for path, data in contents.items():
             if path.is_dir():
                 raise InputError(f"cannot write {path}: it is a folder")
-            temporaries[path] = path.with_name(f".siren-{secrets.token_hex(8)}")
+            temporaries[path] = path.with_name(f".siren-{mark}{secrets.token_hex(8)}")
             with temporaries[path].open("xb") as file:
                 file.write(data)
                 file.flush()

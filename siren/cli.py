@@ -66,6 +66,11 @@ def generate(
     out_dir: Annotated[Path | None, typer.Option(help="Folder for the clips of a .jsonl file.")] = None,
     batch_size: Annotated[int, typer.Option(help="Clips decoded together: more are faster and need more memory.")] = 8,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files in --out-dir.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Do part I of N of a .jsonl file, such as 2/4; others do the rest."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the clips that are finished in --out-dir.")] = False,
     backend: Annotated[str, typer.Option(help="auto, cpu, reference, triton or cuda.")] = "auto",
     weights: Annotated[str, typer.Option(help="fp32, bf16, int8, or fp8 on cuda.")] = "bf16",
     threads: Annotated[int | None, typer.Option(help="Threads of the cpu backend; all cores by default.")] = None,
@@ -75,20 +80,25 @@ def generate(
     """Generate sound from a prompt, or from each line of a .jsonl file.
 
     A line of the file is {"prompt": "..."} and, if wanted, "id" (it names the files), "seed" and "seconds".
-    With --best-of or --rerank the clips of a prompt are in the order of their scores, the best first.
+    With --best-of or --rerank the clips of a prompt are in the order of their scores, the best first. After a stop the
+    same command with --resume does the rest. Shards share a folder or not: each has its own list of results.
     """
     from .generate import MAX_CLIPS, check_whole, fill_in
     from .generate import generate as generate_audio
     from .jsonl import generate_jobs, read_jobs
     from .manifest import read_manifest
     from .sampling import SamplingSettings
+    from .shard import parse_shard
 
+    part = (1, 1) if shard is None else parse_shard(shard)
     check_whole("--n", n, MAX_CLIPS)
     check_whole("--best-of", best_of, MAX_CLIPS)
     if 1 < best_of < n:
         raise InputError(f"--best-of {best_of} is less than the {n} clips of --n")
     if picture is not None and importlib.util.find_spec("matplotlib") is None:
         raise MissingDependencyError("pictures need matplotlib: pip install 'siren[pictures]'")
+    if out_dir is None and (resume or shard is not None):
+        raise InputError("--resume and --shard are for a .jsonl file of prompts with --out-dir")
     if out_dir is None:
         targets = _check_out(source, out, picture, n)
     elif out is not None or picture not in (None, _BESIDE):
@@ -117,6 +127,8 @@ def generate(
             pictures=picture is not None,
             overwrite=overwrite,
             progress=sys.stderr.isatty(),
+            shard=part,
+            resume=resume,
         )
         typer.echo(str(results))
         return
@@ -264,6 +276,7 @@ def _reward(name: str) -> Reward:
         except Exception as error:
             raise InputError(f"the reward {name!r} failed ({type(error).__name__}: {error})") from error
 
+    reward.identity = str(getattr(function, "identity", name))  # type: ignore[attr-defined]
     return reward
 
 

@@ -1,26 +1,31 @@
 """A file of prompts to a folder of clips: JSON Lines in, sound files and `results.jsonl` out.
 
-Every line is checked before anything is generated. `results.jsonl` is written anew after each batch, so that a run
-that was stopped leaves a list of the clips it finished.
+Every line is checked before anything is generated. A run that was stopped, however it was, leaves a list of the clips
+it finished and can go on; shards of one file can be done by several machines. The clips are the same bytes either way.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .audio import write_files
+from .audio import Audio, write_files
 from .errors import InputError, SamplingError, SirenError
 from .generate import MAX_BATCH, MAX_CLIPS, check_request, check_whole, find_codec, find_encoder, find_sampler, generate
 from .manifest import Manifest
+from .picture import draw_picture
 from .rerank import Reward
+from .results import Line, Results, check_same
 from .sampling import SamplingSettings, expand_seeds
+from .shard import shard_name
 
 RESULTS = "results.jsonl"
 _MAX_BYTES = 64 << 20
@@ -105,6 +110,67 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"no permission to write in {nearest}; choose another folder")
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the clips of a run have in common. Their lines say it, and are compared with it when a run goes on.
+
+    count of the `made` clips of a job are written, the best first if there is a reward.
+    """
+
+    folder: Path
+    count: int
+    made: int
+    ranked: bool
+    pictures: bool
+    common: dict[str, Any]
+
+    def files(self, name: str) -> list[Path]:
+        """The files of one clip."""
+        return [self.folder / f"{name}{end}" for end in ([".wav", ".png"] if self.pictures else [".wav"])]
+
+    def about(self, job: Job, place: int, seed: int) -> dict[str, Any]:
+        """The part of a line that is known before the clip is made."""
+        name = job.names(self.count)[place]
+        return {"id": job.id, "file": f"{name}.wav", "prompt": job.prompt, "seed": seed} | self.common
+
+    def is_finished(self, job: Job, seconds: float, lines: list[Line], path: Path) -> bool:
+        """Whether these lines of the list at `path` are of all clips of the job, and their files are there.
+
+        Raises InputError if a line does not say what it would say now, or a sound is not the one that was written.
+        """
+        for place, line in enumerate(lines[: self.count]):
+            seed, said = job.seed + place, line.about.get("seed")
+            if self.ranked and isinstance(said, int) and 0 <= said - job.seed < self.made:
+                seed = said
+            check_same(line, self.about(job, place, seed) | {"seconds": seconds}, path)
+        if len(lines) != self.count:
+            return False
+        for name, line in zip(job.names(self.count), lines, strict=True):
+            if not all(file.is_file() for file in self.files(name)):
+                return False
+            sound = self.folder / line.about["file"]
+            if _sha256(sound.read_bytes()) != line.about["sha256"]:
+                raise InputError(
+                    f"{sound} is not the sound of {path}, line {line.number}; move it away to have it made again"
+                )
+        return True
+
+    def write(self, job: Job, clips: list[Audio], mark: str) -> list[dict[str, Any]]:
+        """Write the files of a job's clips, all or none; their lines."""
+        contents: dict[Path, bytes] = {}
+        lines = []
+        for place, (name, clip) in enumerate(zip(job.names(self.count), clips, strict=True)):
+            sound = clip._encode(0, "WAV")
+            drawn = [draw_picture(clip.waveform[0, 0].numpy(), clip.sample_rate, job.prompt)] if self.pictures else []
+            contents |= dict(zip(self.files(name), [sound, *drawn], strict=True))
+            about = self.about(job, place, clip.seeds[0]) | {"seconds": clip.seconds}
+            about |= {"score": _number(clip.scores[0])} if clip.scores else {}
+            about["mean_logprob"] = round(float(clip.logprobs.mean()), 6)  # type: ignore[union-attr]
+            lines.append(about | {"sha256": _sha256(sound)})
+        write_files(contents, mark)
+        return lines
+
+
 def generate_jobs(
     jobs: list[Job],
     manifest: Manifest,
@@ -122,79 +188,135 @@ def generate_jobs(
     pictures: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    shard: tuple[int, int] = (1, 1),
+    resume: bool = False,
 ) -> Path:
     """Generate `count` WAV files for every job into `folder`, and return the path of its results.jsonl.
 
     They are the first of max(count, candidates) clips, by `rerank` the best first if it is given (rerank.py).
     Jobs of equal length are decoded together, up to `batch_size` clips at a time. Raises InputError for a job that
     cannot be, or a file that exists while `overwrite` is false, before the weights are read and with nothing written.
-    If it is stopped later, the clips that were finished and their results stay.
+
+    shard (i, n): do only the jobs i, i + n and so on, counted from 1, and list them in results-i-of-n.jsonl; shards may
+    share a folder. resume: keep what an earlier run listed there and do the rest; begin if there is no list. A job is
+    finished once all of its clips are listed and their files are there. InputError for a listed clip that was made with
+    other settings or by another model, or altered since. If a run is stopped, the clips it listed stay.
     """
     from tqdm.auto import tqdm
 
     check_whole("batch size", batch_size, MAX_BATCH)
+    if resume and overwrite:
+        raise InputError("--resume keeps the clips that are finished and --overwrite replaces them: pass one of them")
     folder = Path(folder).expanduser()
     check_folder(folder)
-    ends = [".wav", ".png"] if pictures else [".wav"]
-    for name in (RESULTS, *(f"{name}{end}" for job in jobs for name in job.names(count) for end in ends)):
-        if (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a folder; move it away, or choose another --out-dir")
-        if not overwrite and (folder / name).exists():
-            raise InputError(f"{folder / name} exists; choose another folder, or pass --overwrite")
+    path = folder / shard_name(RESULTS, shard)
+    resume = resume and path.is_file()
+    made = max(count, candidates)
     sound, text = find_codec(manifest, codec), find_encoder(manifest, encoder)
-    by_length: dict[int, list[Job]] = {}
+    frames: dict[str, int] = {}
     for job in jobs:
         try:
-            expand_seeds(job.seed, max(count, candidates))
-            by_length.setdefault(check_request(manifest.config, sound, text, job.prompt, job.seconds), []).append(job)
+            expand_seeds(job.seed, made)
+            frames[job.id] = check_request(manifest.config, sound, text, job.prompt, job.seconds)
         except InputError as error:
             raise InputError(f"{job.where}: {error}") from error
-    sampler = find_sampler(manifest, backend, weights, threads)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SirenError(f"cannot make the folder {folder}: {error.strerror}") from error
+    jobs = jobs[shard[0] - 1 :: shard[1]]
+    common = {
+        **dataclasses.asdict(settings),
+        "n": count,
+        "best_of": made,
+        "rerank": None if rerank is None else _name(rerank),
+        "model": _identity(manifest),
+        "codec": sound.identity,
+        "encoder": text.identity,
+        "weights": weights,
+    }
+    run = _Run(folder, count, made, rerank is not None, pictures, common)
+    by_id = {job.id: job for job in jobs}
+    backends: set[str] = set()  # of the clips that are finished
 
-    made = max(count, candidates)
-    order = {job.id: i for i, job in enumerate(jobs)}
-    results: dict[str, list[dict[str, Any]]] = {}
-    per_batch = max(1, batch_size // made)
-    batches = [group[i : i + per_batch] for group in by_length.values() for i in range(0, len(group), per_batch)]
-    with tqdm(total=len(jobs) * count, unit="clip", desc="generating", disable=not progress) as bar:
-        for batch in batches:
-            try:
-                audio = generate(
-                    sampler,
-                    [job.prompt for job in batch],
-                    seconds=batch[0].seconds,
-                    seed=[job.seed + i for job in batch for i in range(made)],
-                    num_return_sequences=made,
-                    rerank=rerank,
-                    progress=False,
-                    codec=sound,
-                    encoder=text,
-                    batch_size=batch_size,
-                    **dataclasses.asdict(settings),
+    def is_finished(name: str, lines: list[Line]) -> bool:
+        if name not in by_id:
+            raise InputError(
+                f"{path}, line {lines[0].number}: there is no {name!r} among the prompts; use the same file"
+            )
+        for line in lines:
+            check_same(line, {} if backend == "auto" else {"backend": backend}, path)
+            backends.add(str(line.about.get("backend")))
+        return run.is_finished(by_id[name], frames[name] * sound.hop_length / sound.sample_rate, lines, path)
+
+    mark = f"{shard[0]}-of-{shard[1]}-"
+    with Results(path, mark) as results:
+        finished = results.read(is_finished) if resume else set()
+        left = [job for job in jobs if job.id not in finished]
+        _check_files([] if resume else [path], overwrite)
+        for job in left:
+            _check_files((file for name in job.names(count) for file in run.files(name)), overwrite or resume)
+        sampler = find_sampler(manifest, backend, weights, threads) if left else None
+        if sampler is not None:
+            common["backend"] = sampler.describe()["backend"]
+            if backends - {common["backend"]}:
+                raise InputError(
+                    f"{path} is of backend {min(backends)!r}, not {common['backend']!r}: name it (--backend)"
                 )
-            except SamplingError as error:
-                raise SamplingError(f"{error} (sequence 0 is the first clip of {batch[0].where})") from error
-            for j, job in enumerate(batch):
-                results[job.id] = []
-                for i, name in enumerate(job.names(count)):
-                    clip = audio[j * made + i]
-                    clip.save(folder / f"{name}.wav")
-                    if pictures:
-                        clip.picture(folder / f"{name}.png")
-                    about = {"id": job.id, "file": f"{name}.wav", "prompt": job.prompt, "seed": clip.seeds[0]}
-                    about |= {"score": _number(clip.scores[0])} if clip.scores else {}
-                    about |= {"seconds": clip.seconds, **dataclasses.asdict(settings)}
-                    about["mean_logprob"] = round(float(clip.logprobs.mean()), 6)  # type: ignore[union-attr]
-                    results[job.id].append(about)
-                    bar.update()
-            done = sorted(results, key=lambda name: order[name])
-            listed = "".join(json.dumps(about, ensure_ascii=False) + "\n" for name in done for about in results[name])
-            write_files({folder / RESULTS: listed.encode()})
-    return folder / RESULTS
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SirenError(f"cannot make the folder {folder}: {error.strerror}") from error
+        results.begin(overwrite)
+        by_length: dict[int, list[Job]] = {}
+        for job in left:
+            by_length.setdefault(frames[job.id], []).append(job)
+        per_batch = max(1, batch_size // made)
+        batches = (group[i : i + per_batch] for group in by_length.values() for i in range(0, len(group), per_batch))
+        done = len(finished) * count
+        with tqdm(total=len(jobs) * count, initial=done, unit="clip", desc="generating", disable=not progress) as bar:
+            for batch in batches:
+                try:
+                    audio = generate(
+                        sampler,
+                        [job.prompt for job in batch],
+                        seconds=batch[0].seconds,
+                        seed=[job.seed + i for job in batch for i in range(made)],
+                        num_return_sequences=made,
+                        rerank=rerank,
+                        progress=False,
+                        codec=sound,
+                        encoder=text,
+                        batch_size=batch_size,
+                        **dataclasses.asdict(settings),
+                    )
+                except SamplingError as error:
+                    raise SamplingError(f"{error} (sequence 0 is the first clip of {batch[0].where})") from error
+                for j, job in enumerate(batch):
+                    clips = [audio[j * made + i] for i in range(count)]
+                    results.append(job.id, run.write(job, clips, mark))
+                    bar.update(count)
+        results.finish(job.id for job in jobs)
+    return path
+
+
+def _check_files(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raise InputError for a path that cannot be written to, or exists and must not be replaced."""
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; move it away, or choose another --out-dir")
+        if not overwrite and path.exists():
+            raise InputError(f"{path} exists; choose another folder, or pass --overwrite (or --resume, to go on)")
+
+
+def _identity(manifest: Manifest) -> str:
+    """What makes the codes: one hash over the config and the hashes of the experts' weights."""
+    parts = [manifest.config.to_dict(), [expert.sha256 for expert in manifest.experts]]
+    return f"sha256:{_sha256(json.dumps(parts, sort_keys=True).encode())}"
+
+
+def _name(rerank: Reward) -> str:
+    return str(getattr(rerank, "identity", None) or getattr(rerank, "__name__", type(rerank).__name__))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _number(score: float) -> float | None:

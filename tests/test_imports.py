@@ -54,6 +54,7 @@ LAYERS = [
     ["aisfx"],
     ["rerank", "critic"],
     ["prune"],
+    ["results"],
     ["generate"],
     ["model"],
     ["env", "demo", "jsonl"],
