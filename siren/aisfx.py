@@ -4,6 +4,10 @@ The network is that of Ma and Lerch, "Representation Learning for the Automatic 
 ISMIR 2022 (X-Sequential-CE), trained on commercial libraries of sound effects. Its weights (CC BY 4.0) come with the
 package aisfx 0.1.2. Only that package's checkpoint is read, after its hash has been checked; none of its code runs, so
 that what it needs (old versions of librosa and numpy) is not needed here.
+
+The network learned by naming the kinds of sound of nine libraries, with a classifier for each. One of them is here too:
+that of the library soundstorm, which tells most classes apart. The checkpoint has no names of classes, so that a class
+is a number; for how sure and how varied classes are (IS), and how alike two clips' are (KL), numbers will do.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,8 @@ from .pretrained import check_weights, move
 
 SAMPLE_RATE = 44100
 DIM = 512
+HEAD = "soundstorm"  # the library whose classes are told
+CLASSES = 81
 _SHA256 = "499ea75909c932a2f94c35fa722fa4fabc5bcb7e84917209cc5f7402627b7eb5"  # of aisfx 0.1.2's models/checkpoint.pth
 _INSTALL = "pip install --no-deps aisfx==0.1.2"
 _WINDOW, _HOP, _MELS = 2048, 1024, 96  # samples, samples, bands
@@ -35,15 +42,18 @@ _LARGEST = 9.457798957824707  # the largest log-mel value of the data it was tra
 _BLOCK, _BLOCK_HOP = 100, 50  # frames: 2.3 s and half of that
 _CHANNELS = (64, 128, 256, 512)
 _EPSILON = 1e-5  # of the batch normalisation
+_HEAD = "fc.3"  # in the checkpoint: the classifier of HEAD
+_HEAD_SIZES = (DIM, 256, 128, CLASSES)
 
 
 class SoundEvents(torch.nn.Module):
     """The embedding network. `SoundEvents.from_installed()` has the trained weights.
 
     Four blocks of two 3x3 convolutions with batch normalisation (folded into the convolutions) and ReLU, 2x2 max
-    pooling after the first three; then the mean over frequency and the maximum over time.
+    pooling after the first three; then the mean over frequency and the maximum over time. The classifier is three
+    linear layers on that, with ReLU between them.
 
-    `state`: tensors with the checkpoint's names; the classifiers beside the embedding are not used. `identity` names
+    `state`: tensors with the checkpoint's names; the classifiers of other libraries are not used. `identity` names
     the weights in results. Raises CheckpointError for tensors that do not fit.
     """
 
@@ -56,7 +66,7 @@ class SoundEvents(torch.nn.Module):
         kept = {
             name: tensor
             for name, tensor in state.items()
-            if name.startswith("embedding_net.") and not name.endswith("num_batches_tracked")
+            if name.startswith(("embedding_net.", f"{_HEAD}.")) and not name.endswith("num_batches_tracked")
         }
         kept = check_weights(kept, _wanted(), identity)
         self.weights, self.biases = torch.nn.ParameterList(), torch.nn.ParameterList()
@@ -67,6 +77,10 @@ class SoundEvents(torch.nn.Module):
                 weight = kept[f"embedding_net.conv_block{block}.conv{layer}.weight"] * scale[:, None, None, None]
                 self.weights.append(weight.contiguous(memory_format=torch.channels_last))
                 self.biases.append(kept[f"{norm}.bias"] - kept[f"{norm}.running_mean"] * scale)
+        self.head_weights, self.head_biases = torch.nn.ParameterList(), torch.nn.ParameterList()
+        for layer in _head_layers():
+            self.head_weights.append(kept[f"{layer}.weight"])
+            self.head_biases.append(kept[f"{layer}.bias"])
         filters = mel_filterbank(_MELS, _WINDOW, SAMPLE_RATE, norm="l1")
         self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
@@ -94,7 +108,13 @@ class SoundEvents(torch.nn.Module):
                 x = functional.max_pool2d(x, 2)
         return x.mean(dim=3).amax(dim=2)
 
-    @torch.inference_mode()
+    def classify(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Logits [N, 81] of the classes of embeddings [N, 512] of blocks."""
+        x = embeddings
+        for i, (weight, bias) in enumerate(zip(self.head_weights, self.head_biases, strict=True)):
+            x = functional.linear(x.relu() if i else x, weight, bias)
+        return x
+
     def embed(
         self, waveforms: Iterable[npt.ArrayLike], sample_rate: int, batch_size: int = 16, progress: bool = False
     ) -> npt.NDArray[np.float32]:
@@ -106,6 +126,34 @@ class SoundEvents(torch.nn.Module):
         through the network at a time. `progress` shows a bar. Raises InputError for an empty clip, one that is not
         mono, and values that are not finite.
         """
+        return self._means(waveforms, sample_rate, batch_size, progress, self)
+
+    def embed_and_classify(
+        self, waveforms: Iterable[npt.ArrayLike], sample_rate: int, batch_size: int = 16, progress: bool = False
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Embeddings [N, 512] as `embed` gives them, and class logits [N, 81]: the means of those of a clip's blocks.
+
+        The classifier sees blocks, as it did in training.
+        """
+
+        def both(blocks: torch.Tensor) -> torch.Tensor:
+            embeddings = self(blocks)
+            return torch.cat((embeddings, self.classify(embeddings)), dim=1)
+
+        means = self._means(waveforms, sample_rate, batch_size, progress, both, DIM + CLASSES)
+        return means[:, :DIM], means[:, DIM:]
+
+    @torch.inference_mode()
+    def _means(
+        self,
+        waveforms: Iterable[npt.ArrayLike],
+        sample_rate: int,
+        batch_size: int,
+        progress: bool,
+        network: Callable[[torch.Tensor], torch.Tensor],
+        width: int = DIM,
+    ) -> npt.NDArray[np.float32]:
+        """What `network` gives blocks [n, 100, 96], averaged over those of each clip: [N, width]."""
         if sample_rate < 1 or batch_size < 1:
             raise InputError(f"sample_rate and batch_size must be at least 1, not {sample_rate} and {batch_size}")
         sums: list[npt.NDArray[np.float64]] = []
@@ -116,20 +164,21 @@ class SoundEvents(torch.nn.Module):
             while len(waiting) >= least:
                 batch = waiting[:batch_size]
                 del waiting[:batch_size]
-                for (clip, _), row in zip(batch, self(torch.stack([block for _, block in batch])).cpu(), strict=True):
+                rows = network(torch.stack([block for _, block in batch])).cpu()
+                for (clip, _), row in zip(batch, rows, strict=True):
                     sums[clip] += row.numpy()
 
         for i, waveform in enumerate(
             tqdm(waveforms, desc="embedding", unit="clip", disable=None if progress else True)
         ):
             blocks = self._blocks(_mono(waveform, i), sample_rate)
-            sums.append(np.zeros(DIM))
+            sums.append(np.zeros(width))
             counts.append(len(blocks))
             waiting.extend((i, block) for block in blocks)
             run(batch_size)
         run(1)
         if not sums:
-            return np.zeros((0, DIM), np.float32)
+            return np.zeros((0, width), np.float32)
         return (np.stack(sums) / np.array(counts)[:, None]).astype(np.float32)
 
     def _blocks(self, wave: npt.NDArray[np.float32], sample_rate: int) -> torch.Tensor:
@@ -167,7 +216,14 @@ def _wanted() -> dict[str, torch.Tensor]:
             for name in ("weight", "bias", "running_mean", "running_var"):
                 shapes[f"{prefix}.bn{layer}.{name}"] = torch.empty(channels, device="meta")
             inputs = channels
+    for layer, (inputs, outputs) in zip(_head_layers(), pairwise(_HEAD_SIZES), strict=True):
+        shapes[f"{layer}.weight"] = torch.empty(outputs, inputs, device="meta")
+        shapes[f"{layer}.bias"] = torch.empty(outputs, device="meta")
     return shapes
+
+
+def _head_layers() -> list[str]:
+    return [f"{_HEAD}.{2 * i}" for i in range(len(_HEAD_SIZES) - 1)]  # ReLU has the odd numbers
 
 
 def _read(path: Path) -> Mapping[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import soxr
 import torch
 from torch import nn
 
-from siren.aisfx import SAMPLE_RATE, SoundEvents
+from siren.aisfx import CLASSES, SAMPLE_RATE, SoundEvents
 from siren.errors import CheckpointError, InputError, MissingDependencyError
 from siren.mel import mel_filterbank
 
@@ -37,6 +37,8 @@ class Plain(nn.Module):
         for i, (inputs, outputs) in enumerate([(1, 64), (64, 128), (128, 256), (256, 512)], start=1):
             setattr(blocks, f"conv_block{i}", ConvBlock(inputs, outputs))
         self.embedding_net = blocks
+        head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 81))
+        self.fc = nn.ModuleList([*(nn.Sequential() for _ in range(3)), head])
 
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
         x, net = blocks[:, None], self.embedding_net
@@ -91,6 +93,21 @@ def test_network(plain: Plain, model: SoundEvents) -> None:
         wanted, got = plain(blocks), model(blocks)
     assert got.shape == (2, 512) and float(wanted.std()) > 0.1
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_classes(plain: Plain, model: SoundEvents) -> None:
+    """A clip's logits are the mean of those that torch's own layers give its blocks; its embedding is the same as ever."""
+    clips = [noise(149 * 1024, seed=3), noise(500, seed=4)]
+    vectors, logits = model.embed_and_classify(clips, SAMPLE_RATE, batch_size=2)
+    np.testing.assert_array_equal(vectors, model.embed(clips, SAMPLE_RATE, batch_size=2))
+    assert logits.shape == (2, CLASSES) and logits.dtype == np.float32
+    for clip, row in zip(clips, logits, strict=True):
+        with torch.inference_mode():
+            wanted = plain.fc[3](plain(model._blocks(clip, SAMPLE_RATE))).mean(dim=0)
+        assert float(wanted.std()) > 0.1
+        np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-4)
+    vectors, logits = model.embed_and_classify([], SAMPLE_RATE)
+    assert vectors.shape == (0, 512) and logits.shape == (0, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +172,8 @@ def test_tensors_that_do_not_fit(plain: Plain) -> None:
         SoundEvents({key: value for key, value in state.items() if key != name}, "cut")
     with pytest.raises(CheckpointError, match=name):
         SoundEvents(state | {name: state[name][:-1]}, "cut")
+    with pytest.raises(CheckpointError, match=r"fc\.3\.4\.bias"):
+        SoundEvents(state | {"fc.3.4.bias": torch.zeros(10)}, "another library's")
 
 
 def test_package_that_is_missing_or_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

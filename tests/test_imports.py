@@ -61,6 +61,7 @@ LAYERS = [
     ["data"],
     ["train"],
     ["align"],
+    ["evaluate"],
     ["codec_data", "dac_losses", "dac_discriminator", "dac_model"],
     ["aligner_data"],
     ["spectral_training", "dac_training", "aligner_training", "critic_training"],
