@@ -78,9 +78,9 @@ class SoundEvents(torch.nn.Module):
                 self.weights.append(weight.contiguous(memory_format=torch.channels_last))
                 self.biases.append(kept[f"{norm}.bias"] - kept[f"{norm}.running_mean"] * scale)
         self.head_weights, self.head_biases = torch.nn.ParameterList(), torch.nn.ParameterList()
-        for layer in _head_layers():
-            self.head_weights.append(kept[f"{layer}.weight"])
-            self.head_biases.append(kept[f"{layer}.bias"])
+        for prefix in _head_layers():
+            self.head_weights.append(kept[f"{prefix}.weight"])
+            self.head_biases.append(kept[f"{prefix}.bias"])
         filters = mel_filterbank(_MELS, _WINDOW, SAMPLE_RATE, norm="l1")
         self.register_buffer("filters", torch.from_numpy(filters), persistent=False)
         self.register_buffer("window", torch.hann_window(_WINDOW), persistent=False)
@@ -216,9 +216,9 @@ def _wanted() -> dict[str, torch.Tensor]:
             for name in ("weight", "bias", "running_mean", "running_var"):
                 shapes[f"{prefix}.bn{layer}.{name}"] = torch.empty(channels, device="meta")
             inputs = channels
-    for layer, (inputs, outputs) in zip(_head_layers(), pairwise(_HEAD_SIZES), strict=True):
-        shapes[f"{layer}.weight"] = torch.empty(outputs, inputs, device="meta")
-        shapes[f"{layer}.bias"] = torch.empty(outputs, device="meta")
+    for prefix, (inputs, outputs) in zip(_head_layers(), pairwise(_HEAD_SIZES), strict=True):
+        shapes[f"{prefix}.weight"] = torch.empty(outputs, inputs, device="meta")
+        shapes[f"{prefix}.bias"] = torch.empty(outputs, device="meta")
     return shapes
 
 
