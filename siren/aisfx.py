@@ -27,6 +27,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from .conv_blocks import ConvBlocks, block_shapes
 from .errors import CheckpointError, InputError, MissingDependencyError
 from .mel import mel_filterbank
 from .pretrained import check_weights, move
@@ -41,7 +42,7 @@ _WINDOW, _HOP, _MELS = 2048, 1024, 96  # samples, samples, bands
 _LARGEST = 9.457798957824707  # the largest log-mel value of the data it was trained on; maps its input to 0..1
 _BLOCK, _BLOCK_HOP = 100, 50  # frames: 2.3 s and half of that
 _CHANNELS = (64, 128, 256, 512)
-_EPSILON = 1e-5  # of the batch normalisation
+_PREFIX = "embedding_net."  # in the checkpoint
 _HEAD = "fc.3"  # in the checkpoint: the classifier of HEAD
 _HEAD_SIZES = (DIM, 256, 128, CLASSES)
 
@@ -66,17 +67,10 @@ class SoundEvents(torch.nn.Module):
         kept = {
             name: tensor
             for name, tensor in state.items()
-            if name.startswith(("embedding_net.", f"{_HEAD}.")) and not name.endswith("num_batches_tracked")
+            if name.startswith((_PREFIX, f"{_HEAD}.")) and not name.endswith("num_batches_tracked")
         }
         kept = check_weights(kept, _wanted(), identity)
-        self.weights, self.biases = torch.nn.ParameterList(), torch.nn.ParameterList()
-        for block in range(1, len(_CHANNELS) + 1):
-            for layer in (1, 2):
-                norm = f"embedding_net.conv_block{block}.bn{layer}"
-                scale = kept[f"{norm}.weight"] / (kept[f"{norm}.running_var"] + _EPSILON).sqrt()
-                weight = kept[f"embedding_net.conv_block{block}.conv{layer}.weight"] * scale[:, None, None, None]
-                self.weights.append(weight.contiguous(memory_format=torch.channels_last))
-                self.biases.append(kept[f"{norm}.bias"] - kept[f"{norm}.running_mean"] * scale)
+        self.convolutions = ConvBlocks(kept, _CHANNELS, functional.max_pool2d, _PREFIX)
         self.head_weights, self.head_biases = torch.nn.ParameterList(), torch.nn.ParameterList()
         for prefix in _head_layers():
             self.head_weights.append(kept[f"{prefix}.weight"])
@@ -101,11 +95,7 @@ class SoundEvents(torch.nn.Module):
 
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
         """Embeddings [N, 512] of blocks of normalised log-mel frames [N, frames, 96]; at least 8 frames."""
-        x = blocks[:, None].contiguous(memory_format=torch.channels_last)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = functional.conv2d(x, weight, bias, padding=1).relu_()
-            if i in (1, 3, 5):
-                x = functional.max_pool2d(x, 2)
+        x: torch.Tensor = self.convolutions(blocks[:, None])
         return x.mean(dim=3).amax(dim=2)
 
     def classify(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -207,15 +197,7 @@ def _mono(waveform: npt.ArrayLike, index: int) -> npt.NDArray[np.float32]:
 
 def _wanted() -> dict[str, torch.Tensor]:
     """Names and shapes of the tensors used, without memory."""
-    shapes = {}
-    inputs = 1
-    for block, channels in enumerate(_CHANNELS, start=1):
-        for layer in (1, 2):
-            prefix = f"embedding_net.conv_block{block}"
-            shapes[f"{prefix}.conv{layer}.weight"] = torch.empty(channels, inputs, 3, 3, device="meta")
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                shapes[f"{prefix}.bn{layer}.{name}"] = torch.empty(channels, device="meta")
-            inputs = channels
+    shapes = block_shapes(_CHANNELS, _PREFIX)
     for prefix, (inputs, outputs) in zip(_head_layers(), pairwise(_HEAD_SIZES), strict=True):
         shapes[f"{prefix}.weight"] = torch.empty(outputs, inputs, device="meta")
         shapes[f"{prefix}.bias"] = torch.empty(outputs, device="meta")

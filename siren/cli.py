@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_align, cli_critic, cli_data, cli_train
+from . import cli_align, cli_convert, cli_critic, cli_data, cli_train
 from .errors import InputError, MissingDependencyError, SirenError
 from .manifest import MINI
 
@@ -30,6 +30,7 @@ app.command()(cli_train.train_codec)
 app.command()(cli_train.train_aligner)
 app.command()(cli_align.align)
 app.command()(cli_critic.train_critic)
+app.command()(cli_convert.convert_embedder)
 
 _BESIDE = "<beside>"  # --picture without a path
 

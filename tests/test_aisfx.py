@@ -96,7 +96,7 @@ def test_network(plain: Plain, model: SoundEvents) -> None:
 
 
 def test_classes(plain: Plain, model: SoundEvents) -> None:
-    """A clip's logits are the mean of those that torch's own layers give its blocks; its embedding is that of `embed`."""
+    """A clip's logits are the mean of those torch's own layers give its blocks; its embedding is that of `embed`."""
     clips = [noise(149 * 1024, seed=3), noise(500, seed=4)]
     vectors, logits = model.embed_and_classify(clips, SAMPLE_RATE, batch_size=2)
     np.testing.assert_array_equal(vectors, model.embed(clips, SAMPLE_RATE, batch_size=2))

@@ -46,7 +46,7 @@ LAYERS = [
     ["cuda_engine"],
     ["weight_updates"],
     ["sampler"],
-    ["picture", "pretrained"],
+    ["picture", "pretrained", "conv_blocks"],
     ["descript", "spectral"],
     ["codec", "text", "audio"],
     ["aligner"],
@@ -65,7 +65,7 @@ LAYERS = [
     ["codec_data", "dac_losses", "dac_discriminator", "dac_model"],
     ["aligner_data"],
     ["spectral_training", "dac_training", "aligner_training", "critic_training"],
-    ["cli_data", "cli_train", "cli_align", "cli_critic"],
+    ["cli_data", "cli_train", "cli_align", "cli_critic", "cli_convert"],
     ["cli"],
     ["__init__"],
 ]
