@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_align, cli_convert, cli_critic, cli_data, cli_train
+from . import cli_align, cli_convert, cli_critic, cli_data, cli_evaluate, cli_train
 from .errors import InputError, MissingDependencyError, SirenError
 from .manifest import MINI
 
@@ -31,6 +31,8 @@ app.command()(cli_train.train_aligner)
 app.command()(cli_align.align)
 app.command()(cli_critic.train_critic)
 app.command()(cli_convert.convert_embedder)
+app.command()(cli_evaluate.evaluate)
+app.command()(cli_evaluate.compare_evaluations)
 
 _BESIDE = "<beside>"  # --picture without a path
 

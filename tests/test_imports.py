@@ -65,7 +65,7 @@ LAYERS = [
     ["codec_data", "dac_losses", "dac_discriminator", "dac_model"],
     ["aligner_data"],
     ["spectral_training", "dac_training", "aligner_training", "critic_training"],
-    ["cli_data", "cli_train", "cli_align", "cli_critic", "cli_convert"],
+    ["cli_data", "cli_train", "cli_align", "cli_critic", "cli_convert", "cli_evaluate"],
     ["cli"],
     ["__init__"],
 ]

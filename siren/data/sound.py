@@ -28,12 +28,28 @@ _FRAME_SECONDS = 0.05
 _QUANTISATION = (1 / 32768) ** 2 / 12  # power of 16-bit rounding, -101 dBFS: below it there is digital silence
 
 
-def read_sound(path: str | Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
-    """A sound file as mono float32 [S] at 16 kHz, S >= 1, within -1..1.
+class SoundError(DataError):
+    """A sound file that cannot be used; `reason` is why, in a few words that are the same for every file."""
 
-    Channels are averaged; soxr resamples. A sound that leaves -1..1 is turned down as a whole, never clipped. A file
-    without a header (raw samples) is refused, because what it holds would be a guess. Raises DataError, which names
-    the file, if it is missing, unreadable, cut off, empty, longer than `max_seconds`, or holds NaN or infinity.
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_sound(path: str | Path, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+    """A sound file as mono float32 [S] at 16 kHz, S >= 1, within -1..1: `read_native` with its arguments, resampled."""
+    return read_native(path, max_seconds, SAMPLE_RATE)[0]
+
+
+def read_native(
+    path: str | Path, max_seconds: float = MAX_SECONDS, sample_rate: int | None = None
+) -> tuple[np.ndarray, int]:
+    """A sound file as mono float32 [S], S >= 1, within -1..1, and the file's own rate in Hz.
+
+    The sound is at `sample_rate`, or at the file's own if that is None. Channels are averaged; soxr resamples. A sound
+    that leaves -1..1 is turned down as a whole, never clipped. A file without a header (raw samples) is refused,
+    because what it holds would be a guess. Raises SoundError, which names the file, if it is missing, unreadable, cut
+    off, empty, longer than `max_seconds`, or holds NaN or infinity.
     """
     try:
         import soundfile
@@ -42,42 +58,44 @@ def read_sound(path: str | Path, max_seconds: float = MAX_SECONDS) -> np.ndarray
     path = Path(path)
     try:
         if not path.is_file():  # before opening: a pipe would be waited for
-            raise DataError(f"{path}: no such file")
+            raise SoundError(f"{path}: no such file", "missing")
         with soundfile.SoundFile(path) as file:
-            waveform = _read_mono(path, file, max_seconds)
+            waveform = _read_mono(path, file, max_seconds, sample_rate or file.samplerate)
+            rate = int(file.samplerate)
     except (soundfile.SoundFileError, OSError, RuntimeError, TypeError, ValueError) as error:
         # TypeError: soundfile's own for a file named .raw
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read as sound: {reason}") from error
+        raise SoundError(f"{path} cannot be read as sound: {reason}") from error
     if not len(waveform):
-        raise DataError(f"{path} is empty")
+        raise SoundError(f"{path} is empty", "too short")
     peak = np.abs(waveform).max()
     if not np.isfinite(peak):
-        raise DataError(f"{path} holds NaN or infinity")
-    return waveform / peak if peak > 1 else waveform
+        raise SoundError(f"{path} holds NaN or infinity", "NaN or infinity")
+    return (waveform / peak if peak > 1 else waveform), rate
 
 
-def _read_mono(path: Path, file: Any, max_seconds: float) -> np.ndarray:
-    """All of an open file at 16 kHz with the channels averaged. In blocks, so that only the result is held."""
+def _read_mono(path: Path, file: Any, max_seconds: float, sample_rate: int) -> np.ndarray:
+    """All of an open file at `sample_rate` with the channels averaged. In blocks, so that only the result is held."""
     rate, channels, announced = file.samplerate, file.channels, file.frames
     if file.format == "RAW":
-        raise DataError(f"{path} has no header that says what sound it holds")
+        raise SoundError(f"{path} has no header that says what sound it holds")
     if not _MIN_RATE <= rate <= _MAX_RATE or channels > _MAX_CHANNELS:
-        raise DataError(f"{path} says {channels} channels at {rate} Hz; that is damaged, or no sound")
+        raise SoundError(f"{path} says {channels} channels at {rate} Hz; that is damaged, or no sound")
     limit = math.floor(max_seconds * rate)
     if announced > limit:
-        raise DataError(f"{path} is {announced / rate:.0f} s long; the limit is {max_seconds:g} s, split it first")
-    resampler = soxr.ResampleStream(rate, SAMPLE_RATE, num_channels=1, dtype="float32")
+        message = f"{path} is {announced / rate:.0f} s long; the limit is {max_seconds:g} s, split it first"
+        raise SoundError(message, "too long")
+    resampler = soxr.ResampleStream(rate, sample_rate, num_channels=1, dtype="float32")
     blocks, frames = [], 0
     while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
         mono = block.mean(axis=1, dtype=np.float64).astype(np.float32)
-        blocks.append(mono if rate == SAMPLE_RATE else resampler.resample_chunk(mono))
+        blocks.append(mono if rate == sample_rate else resampler.resample_chunk(mono))
         frames += len(block)
         if frames > limit:  # a compressed file may hold more than it announces
-            raise DataError(f"{path} is longer than {max_seconds:g} s; split it first")
+            raise SoundError(f"{path} is longer than {max_seconds:g} s; split it first", "too long")
     if frames < _CUT_OFF * announced:
-        raise DataError(f"{path} is cut off: {frames} of {announced} samples are there")
-    if frames and rate != SAMPLE_RATE:
+        raise SoundError(f"{path} is cut off: {frames} of {announced} samples are there", "truncated")
+    if frames and rate != sample_rate:
         blocks.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
