@@ -259,7 +259,7 @@ class NinjaBuild(build_ext):
 
 setup(
     package_dir={"siren": "siren", "siren.kernels": "kernels"},
-    packages=["siren", "siren.align", "siren.data", "siren.evaluate", "siren.kernels", "siren.train"],
+    packages=["siren", "siren.align", "siren.data", "siren.evaluate", "siren.kernels", "siren.studies", "siren.train"],
     ext_modules=[Extension(f"siren.{name}", sources=[]) for name in ("_cpu", "_emulator", "_cuda")],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import cli_align, cli_convert, cli_critic, cli_data, cli_evaluate, cli_train
+from . import cli_align, cli_convert, cli_critic, cli_data, cli_evaluate, cli_study, cli_train
 from .errors import InputError, MissingDependencyError, SirenError
 from .manifest import MINI
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_study.app, name="study")
 app.command()(cli_train.train)
 app.command()(cli_train.train_codec)
 app.command()(cli_train.train_aligner)

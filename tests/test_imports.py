@@ -61,11 +61,11 @@ LAYERS = [
     ["data"],
     ["train"],
     ["align"],
-    ["evaluate"],
+    ["evaluate", "studies"],
     ["codec_data", "dac_losses", "dac_discriminator", "dac_model"],
     ["aligner_data"],
     ["spectral_training", "dac_training", "aligner_training", "critic_training"],
-    ["cli_data", "cli_train", "cli_align", "cli_critic", "cli_convert", "cli_evaluate"],
+    ["cli_data", "cli_train", "cli_align", "cli_critic", "cli_convert", "cli_evaluate", "cli_study"],
     ["cli"],
     ["__init__"],
 ]
