@@ -13,7 +13,7 @@ import numpy.typing as npt
 from siren.picture import mel_spectrogram
 from siren.pretrained import missing
 
-_KINDS = {"real": "real clips", "codec": "the same after the codec", "generated": "generated from the prompt"}
+KINDS = {"real": "real clips", "codec": "the same after the codec", "generated": "generated from the prompt"}
 _COLOURS = 32  # of the PNG: few, so that the file stays small
 _COLUMNS = 150  # spectra of one panel
 
@@ -49,7 +49,7 @@ def report(value: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, end in (("retrieval", ""), ("retrieval_without_noise", ", without the noise")):
-        for kind, title in _KINDS.items():
+        for kind, title in KINDS.items():
             row = value[name][kind]
             these, such = ("{:.2f} to {:.2f}".format(*row[key]) for key in ("interval", "interval_by_class"))
             lines.append(
@@ -64,7 +64,7 @@ def report(value: dict[str, Any]) -> str:
     ]
     lines += ["| Class | Prompt | Real | Codec | Generated |", "| --- | --- | ---: | ---: | ---: |"]
     for kind in classes:
-        shares = ("{} of {}".format(*retrieval[name]["classes"][kind["label"]]) for name in _KINDS)
+        shares = ("{} of {}".format(*retrieval[name]["classes"][kind["label"]]) for name in KINDS)
         lines.append(f"| {kind['label']} ({kind['source']}) | {kind['prompt']} | {' | '.join(shares)} |")
     confusions = [f"{a} as {b} ({count})" for a, b, count in retrieval["generated"]["confusions"]]
     lines += ["", f"Generated sounds most often taken for another class: {', '.join(confusions) or 'none'}."]
