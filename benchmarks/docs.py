@@ -83,9 +83,9 @@ def memory_section() -> str:
         value = result(path.stem)
         about = value["about"]
         head = (
-            f"{about['preset']}, a checkpoint of {about['checkpoint_bytes'] / 1e9:.2f} GB, {value['rows'][0]['frames']} "
-            f"frames, {about['cpu']}, torch {about['torch']}, {_when(about)}. Megabytes; growth is the most memory "
-            "above that before loading, over the bytes of the weights."
+            f"{about['preset']}, a checkpoint of {about['checkpoint_bytes'] / 1e9:.2f} GB, "
+            f"{value['rows'][0]['frames']} frames, {about['cpu']}, torch {about['torch']}, {_when(about)}. Megabytes; "
+            "growth is the most memory above that before loading, over the bytes of the weights."
         )
         parts += [_wrapped(head), memory.table(value["rows"])]
     return _parts(parts)
@@ -116,8 +116,9 @@ def align_section() -> str:
     about = value["about"]
     rollouts = about["prompts_per_step"] * about["num_generations"]
     head = (
-        f"siren-mini, {rollouts} rollouts of {about['seconds']:g} s a step, {_machine(about)}, {_when(about)}. Medians; "
-        f"parts of a step run side by side, so their shares add up to more than all of it. `{about['command']}`"
+        f"siren-mini, {rollouts} rollouts of {about['seconds']:g} s a step, {_machine(about)}, {_when(about)}. "
+        "Medians; parts of a step run side by side, so their shares add up to more than all of it. "
+        f"`{about['command']}`"
     )
     return _parts((_wrapped(head), align_report.table(value["rows"])))
 
@@ -155,8 +156,8 @@ def retrieval_section() -> str:
     after = (
         f"The mean loss over all codebooks on held-out clips is {loss['own']:.2f} nats with a clip's own prompt and "
         f"{loss['shuffled']:.2f} with another clip's; the codec leaves a log-mel distance of "
-        f"{value['codec_log_mel_db']['mean']:.1f} dB. For other prompts of such kinds the interval is wide, {low:.2f} to "
-        f"{high:.2f}: the sounds of a prompt succeed or fail together."
+        f"{value['codec_log_mel_db']['mean']:.1f} dB. For other prompts of such kinds the interval is wide, "
+        f"{low:.2f} to {high:.2f}: the sounds of a prompt succeed or fail together."
     )
     return _parts(("\n".join(lines), _wrapped(after)))
 
@@ -164,7 +165,11 @@ def retrieval_section() -> str:
 def retrieval_aligned_section() -> str:
     """What an embedding that had no part in the alignment hears, before and after."""
     lines = ["| Model | Own kind first | 95%, these prompts | 95%, such prompts |", "| --- | ---: | ---: | ---: |"]
-    models = {"retrieval": "siren-mini", "retrieval-aligned": "after `anti-causal`", "retrieval-guided": "after `guided`"}
+    models = {
+        "retrieval": "siren-mini",
+        "retrieval-aligned": "after `anti-causal`",
+        "retrieval-guided": "after `guided`",
+    }
     for name, title in models.items():
         row = result(name)["retrieval"]["generated"]
         these, such = ("{:.2f} to {:.2f}".format(*row[key]) for key in ("interval", "interval_by_class"))

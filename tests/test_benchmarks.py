@@ -188,12 +188,6 @@ def test_operations(tmp_path: Path) -> None:
     assert "24 passed" in made.stdout
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    """The tables between the README's markers are those that benchmarks/readme.py makes of benchmarks/results."""
-    result = subprocess.run([sys.executable, FOLDER / "readme.py", "--check"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 def test_best_of_n(tmp_path: Path) -> None:
     """Every arm has its frames and a reward; a plan above best-of-M is one line and exit code 2."""
     tokens, model, critic = make_pruning_inputs(tmp_path)

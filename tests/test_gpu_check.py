@@ -141,7 +141,7 @@ def clocked(call: Any) -> float:
 
 def test_decode_rows(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A row for each arm and batch, with the frames it stands for; written also when an arm is red."""
-    gpu_decode, machine, readme = load("gpu_decode"), load("machine"), load("readme")
+    gpu_decode, machine, docs = load("gpu_decode"), load("machine"), load("docs")
     monkeypatch.setattr(gpu_decode, "CopyProbe", Probe)
     monkeypatch.setattr(gpu_decode, "elapsed", clocked)
     about = {"gpu": "a GPU", "driver": "1", "torch": "2", "triton": "3", "date": "2026-01-01T", "commit": "c"}
@@ -167,14 +167,14 @@ def test_decode_rows(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     saved = tmp_path / "benchmarks" / "results" / "gpu-x.json"
     saved.write_text(json.dumps({"parts": {"decode": result}}))
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    section = readme.decode_section()
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
+    section = docs.decode_section()
     assert section.startswith("tiny, a GPU, SM at 1980 MHz, driver 1, torch 2, triton 3, 2026-01-01, commit c. Copy ")
     assert section.count("\n| graph-bf16 |") == 2
     assert section.count("\n| naive-bf16 |") == 4 and "\n\n| residual() | batch |" in section
     del result["about"]["clocks_after"]
     saved.write_text(json.dumps({"parts": {"decode-compile": result}}))
-    assert "SM at unknown" in readme.decode_section()
+    assert "SM at unknown" in docs.decode_section()
 
 
 def test_no_cache_grows_while_frames_are_timed(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
