@@ -20,6 +20,7 @@ from siren.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {"siren", "make", "python", "pytest", "pip", "torchrun"}
+COMMAND = typer.main.get_command(app)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 all_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -92,8 +93,7 @@ def test_commands_are_known(page: Path) -> None:
 
 def check_siren(words: list[str]) -> None:
     """The command exists and has these options; a word in capitals stands for any."""
-    command = typer.main.get_command(app)
-    rest = words[1:]
+    command, rest = COMMAND, words[1:]
     while rest and hasattr(command, "commands") and re.fullmatch(r"[a-z-]+", rest[0]) and rest[0][0] != "-":
         assert rest[0] in command.commands, words
         command, rest = command.commands[rest[0]], rest[1:]
