@@ -16,7 +16,6 @@ from ablation_arms import ARMS
 from ablation_tables import COLUMNS
 from ablation_training import Scale, checkpoint_of, delayed_tokens, folder_of
 from numpy.typing import NDArray
-from siren.evaluate import EvaluateSettings, evaluate
 from torch import Tensor
 
 from siren.align.prompts import Prompt, pad
@@ -25,6 +24,7 @@ from siren.codec import Codec
 from siren.data.clips import read_clip_folder
 from siren.data.delay import undelay
 from siren.data.tokens import TokenSet, open_tokens, split
+from siren.evaluate import EvaluateSettings, evaluate
 from siren.manifest import read_manifest
 from siren.model import Siren
 from siren.sampler import Sampler
