@@ -9,7 +9,9 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -27,24 +29,30 @@ _DIGEST = "sha256"  # key in the header of files written here
 
 
 def read_pth(path: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The float32 tensors of a `.pth` file: a state dict, or one under "model" as in PANNs' files.
+    """The tensors of a `.pth` file: a state dict, or one under "model" as in PANNs' files.
 
     Nothing in the file is run. Counters of batch normalisation are left out. Raises CheckpointError.
     """
     if not path.is_file():
         raise CheckpointError(f"no file {path}; the weights are {SOURCES[kind]}")
+    # Beside the tensors, PANNs' files hold the state of a sampler: numpy arrays of whole numbers. Nothing else is
+    # allowed.
+    array = np.zeros(0, np.int64)
+    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")  # of numpy 1 and 2
+    allowed: list[Any] = [(array.__reduce__()[0], name) for name in names]
+    allowed += [np.ndarray, np.dtype, type(array.dtype)]
     try:
         if zipfile.is_zipfile(path):  # torch reads past wrong checksums, so that flipped bits become other weights
             with zipfile.ZipFile(path) as archive:
                 altered = archive.testzip()
             if altered is not None:
                 raise ValueError(f"the checksum of {altered} is wrong")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # they are about files that are refused a moment later
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged or holds objects other than tensors and plain values, which could run code; "
+            f"{path} is damaged or holds objects other than tensors, arrays and plain values, which could run code; "
             f"it was not loaded, use {SOURCES[kind]}"
         ) from error
     except Exception as error:  # a damaged archive raises whatever the bytes happen to trip over
