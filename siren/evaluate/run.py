@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,12 +199,8 @@ def _embed(
             path = part_path(work, number, embedders[i], limits, texts, entries, digests.of(title, number))
             part = read_part(path)
             if part is None:
-                try:
+                with _kept():
                     part = make_part(path, embedders[i], limits, texts, entries, settings.batch_size)
-                except SirenError as error:
-                    if type(error) is not SirenError:
-                        raise
-                    raise SirenError(f"{error}; finished parts are kept: run the same command again") from error
             done[title, i][number] = part
             lost[title, i] += [(reason, detail) for _, reason, detail in part.skips]
             _check_usable(title, lists[title], lost[title, i])
@@ -296,4 +292,16 @@ def _write(settings: EvaluateSettings, result: dict[str, Any], lines: Sequence[d
     files[out] = (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(
         errors="backslashreplace"
     )
-    write_files(files)
+    with _kept():
+        write_files(files)
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """What cannot be written loses nothing; say so."""
+    try:
+        yield
+    except SirenError as error:
+        if type(error) is not SirenError:
+            raise
+        raise SirenError(f"{error}; finished parts are kept: run the same command again") from error
