@@ -54,7 +54,7 @@ def report_html(result: dict[str, Any], clips: Iterable[dict[str, Any]], base: P
     title = f"Evaluation of {cut(result['generated']['list'])}"
     about = result.get("about") or {}
     made = [f"siren {about['siren']}" if "siren" in about else "", str(about.get("date", ""))]
-    made.append(f"{result['seconds']:.1f} s" if finite(result.get("seconds")) is not None else "")
+    made.append(f"made in {result['seconds']:.1f} s" if finite(result.get("seconds")) is not None else "")
     policy = _POLICY.format(base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode())
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -101,7 +101,7 @@ def _list_card(name: str, side: dict[str, Any]) -> str:
         f"<tbody>{rows}</tbody></table></div>{more}</details>"
     )
     rates = ", ".join(f"{int(rate):,} Hz ({count:,})" for rate, count in (side.get("rates") or {}).items())
-    more_rows = f"<dt>Files of</dt><dd>{rates}</dd>" if rates else ""
+    more_rows = f"<dt>Sample rate</dt><dd>{rates}</dd>" if rates else ""
     more_rows += f"<dt>Clipped</dt><dd>{side['clipped']:,} of those used</dd>" if side.get("clipped") else ""
     return (
         f'<div class="card"><h3>{name}: {side["used"]:,} of {side["clips"]:,} clips</h3><dl>'
