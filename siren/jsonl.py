@@ -114,7 +114,7 @@ def check_folder(folder: Path) -> None:
 class _Run:
     """What the clips of a run have in common. Their lines say it, and are compared with it when a run goes on.
 
-    count of the `made` clips of a job are written, the best first if there is a reward.
+    count of the `made` clips of a job are written, the best first if they are `ranked`.
     """
 
     folder: Path
@@ -212,6 +212,11 @@ def generate_jobs(
     path = folder / shard_name(RESULTS, shard)
     resume = resume and path.is_file()
     made = max(count, candidates)
+    mine = jobs[shard[0] - 1 :: shard[1]]
+    run = _Run(folder, count, made, rerank is not None, pictures, {})
+    _check_files([] if resume else [path], overwrite)
+    for job in mine:
+        _check_files((file for name in job.names(count) for file in run.files(name)), overwrite or resume)
     sound, text = find_codec(manifest, codec), find_encoder(manifest, encoder)
     frames: dict[str, int] = {}
     for job in jobs:
@@ -220,19 +225,17 @@ def generate_jobs(
             frames[job.id] = check_request(manifest.config, sound, text, job.prompt, job.seconds)
         except InputError as error:
             raise InputError(f"{job.where}: {error}") from error
-    jobs = jobs[shard[0] - 1 :: shard[1]]
-    common = {
+    run.common.update(
         **dataclasses.asdict(settings),
-        "n": count,
-        "best_of": made,
-        "rerank": None if rerank is None else _name(rerank),
-        "model": _identity(manifest),
-        "codec": sound.identity,
-        "encoder": text.identity,
-        "weights": weights,
-    }
-    run = _Run(folder, count, made, rerank is not None, pictures, common)
-    by_id = {job.id: job for job in jobs}
+        n=count,
+        best_of=made,
+        rerank=None if rerank is None else _name(rerank),
+        model=_identity(manifest),
+        codec=sound.identity,
+        encoder=text.identity,
+        weights=weights,
+    )
+    by_id = {job.id: job for job in mine}
     backends: set[str] = set()  # of the clips that are finished
 
     def is_finished(name: str, lines: list[Line]) -> bool:
@@ -248,17 +251,12 @@ def generate_jobs(
     mark = f"{shard[0]}-of-{shard[1]}-"
     with Results(path, mark) as results:
         finished = results.read(is_finished) if resume else set()
-        left = [job for job in jobs if job.id not in finished]
-        _check_files([] if resume else [path], overwrite)
-        for job in left:
-            _check_files((file for name in job.names(count) for file in run.files(name)), overwrite or resume)
+        left = [job for job in mine if job.id not in finished]
         sampler = find_sampler(manifest, backend, weights, threads) if left else None
         if sampler is not None:
-            common["backend"] = sampler.describe()["backend"]
-            if backends - {common["backend"]}:
-                raise InputError(
-                    f"{path} is of backend {min(backends)!r}, not {common['backend']!r}: name it (--backend)"
-                )
+            picked = run.common["backend"] = sampler.describe()["backend"]
+            if backends - {picked}:
+                raise InputError(f"{path} is of backend {min(backends)!r}, not {picked!r}: name it (--backend)")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -270,7 +268,7 @@ def generate_jobs(
         per_batch = max(1, batch_size // made)
         batches = (group[i : i + per_batch] for group in by_length.values() for i in range(0, len(group), per_batch))
         done = len(finished) * count
-        with tqdm(total=len(jobs) * count, initial=done, unit="clip", desc="generating", disable=not progress) as bar:
+        with tqdm(total=len(mine) * count, initial=done, unit="clip", desc="generating", disable=not progress) as bar:
             for batch in batches:
                 try:
                     audio = generate(
@@ -292,7 +290,7 @@ def generate_jobs(
                     clips = [audio[j * made + i] for i in range(count)]
                     results.append(job.id, run.write(job, clips, mark))
                     bar.update(count)
-        results.finish(job.id for job in jobs)
+        results.finish(job.id for job in mine)
     return path
 
 

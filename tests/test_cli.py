@@ -160,7 +160,15 @@ def test_generate_from_a_file(work: Path, demo: Path, capfd: pytest.CaptureFixtu
     arguments = ("generate", "prompts.jsonl", "--out-dir", "out/clips", *common)
     assert "exists" in fails(capfd, *arguments)
     main([*arguments, "--overwrite"])
-    assert len(Path("out/clips/results.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+    listed = Path("out/clips/results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["file"] for line in listed] == ["1.wav", "dog.wav", "wind-é.wav"]
+    main([*arguments, "--resume"])
+    assert Path("out/clips/results.jsonl").read_text(encoding="utf-8").splitlines() == listed
+    assert "n was 1 and is 2" in fails(capfd, *arguments, "--resume", "--n", 2)
+    main(["generate", "prompts.jsonl", "--out-dir", "half", "--shard", "2/2", *common])
+    assert capfd.readouterr().out == f"{Path('half/results-2-of-2.jsonl')}\n"
+    assert Path("half/results-2-of-2.jsonl").read_text(encoding="utf-8").splitlines() == listed[1:2]
+    assert Path("half/dog.wav").read_bytes() == Path("out/clips/dog.wav").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +223,11 @@ def test_bad_prompt_files(work: Path, demo: Path, capfd: pytest.CaptureFixture[s
     assert "--out-dir" in fails(capfd, "generate", "good.jsonl", "--model", demo)
     assert "from 1 to 10000" in fails(capfd, "generate", "good.jsonl", *common, "--n", 2_000_000_000)
     assert "is a file of prompts" in fails(capfd, "generate", "good.jsonl", "out.wav", "--model", demo)
+    for shard in ("3/2", "0/4", "a/b"):
+        assert "--shard must be I/N" in fails(capfd, "generate", "good.jsonl", *common, "--shard", shard)
+    assert "pass one of them" in fails(capfd, "generate", "good.jsonl", *common, "--resume", "--overwrite")
+    for option in (["--resume"], ["--shard", "1/2"]):
+        assert "with --out-dir" in fails(capfd, "generate", "rain", "a.wav", "--model", demo, *option)
 
 
 def test_folders_that_cannot_be_written_to(
