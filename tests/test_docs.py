@@ -19,7 +19,7 @@ from siren.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = {"siren", "make", "python", "pytest", "pip", "torchrun"}
+PROGRAMS = {"siren", "make", "python", "pytest", "pip", "torchrun", "cat"}
 COMMAND = typer.main.get_command(app)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
