@@ -70,7 +70,7 @@ def run(
     ),
     codec: Annotated[Path, typer.Option(help="Codec that made the tokens.")] = Path("siren/models/siren-mini/codec"),
     out: Annotated[Path, typer.Option(help="Folder for runs, sounds and scores.")] = Path("out/ablation/runs"),
-    seeds: Annotated[str, typer.Option(help="Of the runs, with commas between.")] = "0,1",
+    seeds: Annotated[str, typer.Option(help="Of the runs, with commas between.")] = "0",
     updates: Annotated[int, typer.Option(min=10, help="Of every expert.")] = 700,
     batch_size: int = 8,
     learning_rate: Annotated[float, typer.Option(help="A cosine down to a twentieth.")] = 1e-3,
