@@ -7,6 +7,7 @@ go through `siren evaluate`. What was finished by an earlier call is not done ag
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import json_file
@@ -21,9 +22,10 @@ from torch import Tensor
 from siren.align.prompts import Prompt, pad
 from siren.audio import Audio, write_files
 from siren.codec import Codec
-from siren.data.clips import read_clip_folder
+from siren.data.clips import CLIPS, read_clip_folder, write_clip_folder
 from siren.data.delay import undelay
 from siren.data.tokens import TokenSet, open_tokens, split
+from siren.errors import InputError
 from siren.evaluate import EvaluateSettings, evaluate
 from siren.manifest import read_manifest
 from siren.model import Siren
@@ -96,14 +98,15 @@ def sounds(scale: Scale, arm: str, most: int) -> Path:
 
 
 def reference(scale: Scale, clips: Path, most: int) -> Path:
-    """The list of the recordings of the same held-out clips, before the codec."""
-    tokens, places = held_out(scale, most)
-    paths = {clip.id: clip.path.resolve() for clip in read_clip_folder(clips)}
-    names = {tokens.clip_id(place): tokens.captions(place)[0] for place in places}
-    lines = [{"id": name, "audio": str(paths[name]), "caption": caption} for name, caption in names.items()]
-    path = scale.out / "reference.jsonl"
-    write_files({path: "".join(json.dumps(line) + "\n" for line in lines).encode()})
-    return path
+    """A clip folder of the recordings of the same held-out clips, before the codec; made once."""
+    folder = scale.out / f"reference-{most}"
+    if not (folder / CLIPS).exists():
+        tokens, places = held_out(scale, most)
+        wanted = {tokens.clip_id(place) for place in places}
+        records = [replace(clip, path=clip.path.resolve()) for clip in read_clip_folder(clips) if clip.id in wanted]
+        if len(records) < len(wanted) or write_clip_folder(folder, records, clips.resolve(), progress=False):
+            raise InputError(f"{clips} lacks sounds of {scale.tokens}; give the clips that the tokens were made of")
+    return folder
 
 
 def figures_of(scale: Scale, arm: str, clips: Path, most: int) -> tuple[dict[str, dict[str, float]], dict[str, str]]:

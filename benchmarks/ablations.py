@@ -32,7 +32,7 @@ import torch
 import typer
 from ablation_arms import ARMS
 from ablation_report import draw, interval, report
-from ablation_scoring import CODEC, figures_of, held_out, losses
+from ablation_scoring import CODEC, figures_of, held_out, losses, reference
 from ablation_tables import TABLES
 from ablation_training import (
     Scale,
@@ -110,6 +110,7 @@ def run(
 
     with worker_pool(workers, torch.set_num_threads, 1) as pool:
         train_all(pool, scales, arms)
+        reference(scales[0], clips, sounds)  # before several processes want it
         judge: dict[str, Any] = {
             f"judge {arm} {scale.seed}": (judge_arm, (scale, arm, clips, sounds)) for scale in scales for arm in arms
         }

@@ -127,7 +127,10 @@ def make_part(
             clipped.append(sound.clipped)
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
-    empty = {"vectors": np.zeros((0, embedder.dim), np.float32), "lengths": np.zeros(0, np.int64)}
+    empty: dict[str, npt.NDArray[Any]] = {
+        "vectors": np.zeros((0, embedder.dim), np.float32),
+        "lengths": np.zeros(0, np.int64),
+    }
     tensors: dict[str, npt.NDArray[Any]] = {
         name: np.concatenate(values) if values else empty[name] for name, values in columns.items()
     }

@@ -117,14 +117,15 @@ def _frame_cosines(
     units: NDArray[np.float32], codes: NDArray[np.int32], progress: bool, title: str
 ) -> dict[Pair, Spread]:
     """units [J, V, C] of length 1 (or NaN), codes [J, N]. The cosines of all codes first, then those that came up."""
-    count, size = units.shape[:2]
-    rows = max(1, _PRODUCTS // size)
-    found = {(j, k): Spread(-1, 1, _BINS) for j in range(count) for k in range(j + 1, count)}
+    used = [np.unique(row, return_inverse=True) for row in codes]
+    found = {(j, k): Spread(-1, 1, _BINS) for j in range(len(codes)) for k in range(j + 1, len(codes))}
     for (j, k), spread in tqdm(found.items(), desc=title, unit="pair", disable=not progress):
-        for start in range(0, size, rows):
-            products = units[j, start : start + rows] @ units[k].T
-            inside = slice(None) if rows >= size else (codes[j] >= start) & (codes[j] < start + rows)
-            spread.add(products[codes[j][inside] - start, codes[k][inside]])
+        (own, places), (others, other_places) = used[j], used[k]
+        rows = max(1, _PRODUCTS // len(others))
+        for start in range(0, len(own), rows):
+            products = units[j][own[start : start + rows]] @ units[k][others].T
+            inside = (places >= start) & (places < start + rows)
+            spread.add(products[places[inside] - start, other_places[inside]])
     return found
 
 
