@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from ablation_arms import ARMS, config_of
+import ablations
+from ablation_arms import ARMS, Arm, config_of
 from ablation_report import draw, interval, report, verdict
 from ablation_tables import COLUMNS, ITG, TABLES, Row
 
+from siren.cli import main as siren_command
+from siren.errors import InputError
 from siren.expert import Expert
 
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"num_codebooks": 12, "codebook_size": 1024, "prompt_dim": 384, "dac_code_dim": 16, "dac_feature_dim": 160}
 
 
@@ -140,10 +146,73 @@ def test_the_report_and_the_picture() -> None:
 
 
 def test_the_interval_of_a_ratio_covers_the_truth() -> None:
-    """95 times in 100, of 300 trials with four deviations to spare."""
+    """95 times in 100, of 100 trials with four deviations to spare."""
     rng, missed = np.random.default_rng(0), 0
-    for trial in range(300):
+    for trial in range(100):
         rows = rng.gamma(4.0, 1.0, (64, 12)) * np.linspace(1, 2, 12)
-        found = interval(rows, lambda drawn: drawn[:, -1].mean() / drawn[:, 0].mean(), trial, 200)
+        found = interval(rows, lambda drawn: drawn[:, -1].mean() / drawn[:, 0].mean(), trial, 100)
         missed += not found["low"] <= 2 <= found["high"]
-    assert missed <= 300 * 0.06 + 4 * (300 * 0.06 * 0.94) ** 0.5
+    assert missed <= 100 * 0.06 + 4 * (100 * 0.06 * 0.94) ** 0.5
+
+
+class Serial:
+    """A pool that works when it is asked, in this process, where the arms can be made small."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> Serial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, work: Any, *given: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*given))
+        return future
+
+
+def test_one_command_trains_and_judges_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tiny arms, one of them delayed: losses near ln 1024, a sound for every clip, and nothing done twice."""
+    codec = ROOT / "siren" / "models" / "siren-mini" / "codec"
+    clips, tokens, out = tmp_path / "clips", tmp_path / "tokens", tmp_path / "runs"
+    labels = ["--labels", "rain,wolf", "--workers", "1"]
+    siren_command(["data", "procedural", str(clips), "--clips", "20", "--seconds", "1", "--scenes", "0", *labels])
+    siren_command(["data", "tokenize", str(clips), "--out", str(tokens), "--codec", str(codec), "--seconds", "1"])
+    small = {"num_experts": 1, "dim": 16, "factorized_layers": 0, "conditioning": "none", "spatial_layers": 1}
+    monkeypatch.setitem(ARMS, "1-12-heads", Arm(small))
+    monkeypatch.setitem(ARMS, "delay-pattern", Arm(small, delayed=True))
+    table = TABLES["1"]
+    monkeypatch.setitem(TABLES, "1", type(table)(table.title, table.columns, table.rows[:2], table.note))
+    monkeypatch.setattr(ablations, "worker_pool", Serial)
+    options = {
+        "table": "1", "clips": clips, "tokens": tokens, "codec": codec, "out": out, "seeds": "0", "updates": 10,
+        "batch_size": 2, "learning_rate": 1e-3, "val_fraction": 0.5, "align_steps": 1, "align_rate": 1e-3,
+        "temperature": 1.0, "guidance_scale": 1.0, "sounds": 8, "workers": 1, "results": tmp_path / "r.json",
+        "markdown": tmp_path / "r.md", "picture": tmp_path / "r.png",
+    }  # fmt: skip
+    ablations.run(**options)
+    value = json.loads((tmp_path / "r.json").read_text())
+    assert list(value["arms"]) == ["1-12-heads", "delay-pattern"] and value["clips"] == 8
+    for arm in value["arms"].values():
+        [run] = arm["runs"].values()
+        assert len(run["loss_by_codebook"]) == 12 and 6.0 < run["figures"]["Loss Mean"]["value"] < 7.5
+        assert all(run["figures"][label]["low"] <= run["figures"][label]["value"] for label in run["figures"])
+    assert len(list((out / "delay-pattern-seed0" / "sounds").glob("*.wav"))) == 8
+    assert "### Table 1" in (tmp_path / "r.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.wav")}
+    before |= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    ablations.run(**options)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert json.loads((tmp_path / "r.json").read_text())["arms"] == value["arms"]
+    with pytest.raises(InputError, match="holds runs with other updates; choose another --out"):
+        ablations.run(**options | {"updates": 11})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"), [("table", "2", "must be 1, 3"), ("seeds", "a", "whole numbers")]
+)
+def test_options_that_cannot_be(name: str, wrong: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ablations.run(**{"table": "1", "seeds": "0", name: wrong})
