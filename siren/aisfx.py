@@ -5,9 +5,11 @@ ISMIR 2022 (X-Sequential-CE), trained on commercial libraries of sound effects. 
 package aisfx 0.1.2. Only that package's checkpoint is read, after its hash has been checked; none of its code runs, so
 that what it needs (old versions of librosa and numpy) is not needed here.
 
-The network learned by naming the kinds of sound of nine libraries, with a classifier for each. One of them is here too:
-that of the library soundstorm, which tells most classes apart. The checkpoint has no names of classes, so that a class
-is a number; for how sure and how varied classes are (IS), and how alike two clips' are (KL), numbers will do.
+The network learned by naming the kinds of sound of nine libraries, with a classifier for each. One of them is here too,
+that of the library soundstorm: it has most classes, and of the nine it says most about what is heard (240 procedural
+clips of 40 kinds, their mean information on the kind as exp: 6.1 of 40; the others 1.2 to 5.6). The checkpoint has no
+names of classes, so that a class is a number; for how sure and how varied classes are (IS), and how alike two clips'
+are (KL), numbers will do.
 """
 
 from __future__ import annotations
