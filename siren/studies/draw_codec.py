@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..pretrained import missing
-from .cosine import Cosines
+from .cosine import VIEWS, Cosines
 from .features import pick_clips
 from .figures import bare, new_figure, png, shades
 from .semantics import Semantics
@@ -25,7 +25,7 @@ def draw_cosine(found: Cosines) -> bytes:
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.6))
     rows = top.subplots(1, 4, sharex=True)
     titles = ("as the decoder adds them up", "mean taken out", "clip's mean feature", "clip's mean, centred")
-    for axes, view, title in zip(rows, found.pairs, titles, strict=True):
+    for axes, view, title in zip(rows, VIEWS, titles, strict=True):
         intervals = found.by_interval(view)
         for (step, spread), colour in zip(intervals.items(), shades(len(intervals)), strict=True):
             axes.stairs(spread.density(), spread.edges(), color=colour, label=f"{step}")
