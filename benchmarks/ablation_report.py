@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +24,10 @@ def report(value: dict[str, Any]) -> str:
         if len(rows) < 2:
             continue
         parts.append(f"### Table {number}: {table.title}\n\n" + table_of(value, table.columns, rows))
-        parts.append("\n".join(f"- {verdict(value, column, i, rows)}" for i, column in enumerate(table.columns)))
+        found = (f"- {verdict(value, column, i, rows)}" for i, column in enumerate(table.columns))
+        parts.append("\n".join(_wrapped(line, "  ") for line in found))
         if table.note:
-            parts.append(table.note)
+            parts.append(_wrapped(table.note))
     return "\n\n".join([*parts, all_arms(value)]) + "\n"
 
 
@@ -34,17 +36,21 @@ def about(value: dict[str, Any]) -> str:
     scale, machine = value["scale"], value["about"]
     seeds = ", ".join(map(str, value["seeds"]))
     minutes = sum(run["seconds"]["training"] for arm in value["arms"].values() for run in arm["runs"].values()) / 60
-    return (
+    text = (
         f"Scale: {scale['updates']} updates of {scale['batch_size']} clips of {scale['seconds']:g} s "
         f"({value['training_clips']} clips of {value['labels']} kinds of synthetic sound), learning rate "
         f"{scale['learning_rate']:g}; alignment {scale['align_steps']} steps of 64 rollouts. Judged on "
         f"{value['clips']} held-out clips: loss, and one sound for the first caption of each, temperature "
         f"{scale['temperature']:g}, guidance {scale['guidance_scale']:g}. Seeds: {seeds}. Training took "
         f"{minutes:.0f} minutes of one thread in all ({machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}, {machine['date'][:10]}, commit {machine['commit']}).\n\n"
-        f"Embedding: {value['embeddings']}. Values are means over the seeds; in brackets the lowest and the highest "
+        f"torch {machine['torch']}, {machine['date'][:10]}, commit {machine['commit']})."
+    )
+    names = ", ".join(value["embeddings"].values())
+    about_figures = (
+        f"Embeddings: {names}. Values are means over the seeds; in brackets the lowest and the highest "
         "bound of the seeds' 95% intervals (bootstrap over clips)."
     )
+    return f"{_wrapped(text)}\n\n{_wrapped(about_figures)}"
 
 
 def table_of(value: dict[str, Any], columns: Sequence[str], rows: Sequence[Row]) -> str:
@@ -161,6 +167,10 @@ def interval(rows: np.ndarray, statistic: Any, seed: int = 0, replicates: int = 
     draws = [statistic(rows[generator.integers(0, len(rows), len(rows))]) for _ in range(replicates)]
     low, high = np.quantile(draws, [0.025, 0.975])
     return {"value": float(statistic(rows)), "low": float(low), "high": float(high)}
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _mean(values: Sequence[Figure]) -> float:

@@ -55,12 +55,6 @@ from siren.manifest import read_manifest
 from siren.pretrained import missing
 from siren.train.run import fingerprint
 
-_HEAD = """# Ablations
-
-The tables 1 and 3 to 7 of the paper at a small scale. Written by `python benchmarks/ablations.py`, whose docstring says
-how to make it again.
-"""
-
 
 def run(
     table: Annotated[str, typer.Option(help=f"{', '.join(TABLES)}, or all.")] = "all",
@@ -82,7 +76,6 @@ def run(
     sounds: Annotated[int, typer.Option(min=8, help="Held-out clips that are judged, at most.")] = 256,
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
     results: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here.")] = None,
     picture: Annotated[Path | None, typer.Option(help="PNG of all tables.")] = None,
 ) -> None:
     """Train, align and judge the arms of a table."""
@@ -137,10 +130,9 @@ def run(
         },
     }
     json_file.write(results or out / "ablations.json", value)
-    text = report(value)
-    print(text)
-    files = {} if markdown is None else {markdown: f"{_HEAD}\n{text}".encode()}
-    write_files(files if picture is None else files | {picture: draw(value)})
+    print(report(value))
+    if picture is not None:
+        write_files({picture: draw(value)})
 
 
 def chosen_arms(table: str) -> list[str]:

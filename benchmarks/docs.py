@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ablation_report
 import align_report
 import alignment_report
 import best_of_n
@@ -177,6 +178,68 @@ def retrieval_aligned_section() -> str:
     return "\n".join(lines)
 
 
+def studies_section() -> str:
+    """The numbers of the five studies by codebook, and of the task vectors by module."""
+    cosine, semantics, gradients, convergence, vectors = (
+        result(f"study-{name}") for name in ("cosine", "semantics", "gradients", "convergence", "task-vectors")
+    )
+    lines = [
+        "| Codebook | Accuracy (95%) | Final loss, nats | of its entropy |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for accuracy, loss in zip(semantics["codebooks"], convergence["codebooks"], strict=True):
+        low, high = accuracy["interval"]
+        lines.append(
+            f"| {accuracy['codebook'] + 1} | {accuracy['accuracy']:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{loss['final_val_loss']:.2f} | {loss['final_loss_over_entropy']:.0%} |"
+        )
+    together = semantics["together"]["accuracy"]
+    text = (
+        f"Codebooks: accuracy on {semantics['test_clips']} test clips (chance {semantics['chance']:.3f}, all codebooks "
+        f"together {together:.3f}), and loss of independent heads on held-out clips (mean "
+        f"{convergence['val_loss_mean']:.2f}, last over first {convergence['val_loss_ratio']:.2f})."
+    )
+    rows = ["| Cosine of two codebooks' features | Mean | Standard deviation | In random order |"]
+    rows.append("| --- | ---: | ---: | ---: |")
+    for view, title in (("features", "at the same frame"), ("pooled", "mean over a clip")):
+        whole, shuffled = cosine["views"][view]["overall"], cosine["views"][view]["overall_permuted"]
+        numbers = f"{whole['mean']:.3f} | {whole['std']:.3f} | {shuffled['mean']:.3f}, {shuffled['std']:.3f}"
+        rows.append(f"| {title} | {numbers} |")
+    angles = ["| Angle between gradients, degrees | Two heads | One head, two batches |", "| --- | ---: | ---: |"]
+    for name, title in (("averaged", "averaged over outputs, as in the paper"), ("whole", "whole gradients")):
+        two, one = gradients[name]["overall"], gradients[name]["same_head_other_batch"]
+        angles.append(f"| {title} | {two['mean']:.1f} ± {two['std']:.1f} | {one['mean']:.1f} ± {one['std']:.1f} |")
+    modules = ["| Task vectors of | Mean cosine of two experts | Early with last |", "| --- | ---: | ---: |"]
+    for name, module in vectors["modules"].items():
+        modules.append(f"| {name} | {module['mean']:.2f} | {module['early_with_last']:.2f} |")
+    return _parts((_wrapped(text), *("\n".join(table) for table in (lines, rows, angles, modules))))
+
+
+def thousand_section() -> str:
+    """A thousand clips under kills."""
+    value = result("thousand")
+    made, evaluated = value["generate"], value["evaluate"]
+    runs = [
+        ("generate, never killed", made["alone"]["clips"], made["alone"]),
+        (f"generate, after {made['kills']} kills", made["last_life_made"], made["lives"][-1]),
+        ("evaluate, never killed", value["clips"], evaluated["alone"]),
+        (f"evaluate, {evaluated['kills']} kills", value["clips"], evaluated),
+    ]
+    rows = ["| Run | Clips of the process | Seconds | Peak memory, MB |", "| --- | ---: | ---: | ---: |"]
+    for name, count, measured in runs:
+        rows.append(f"| {name} | {count} | {measured['seconds']} | {measured['peak_mb']} |")
+    text = (
+        f"{value['clips']} clips of {value['seconds_of_a_clip']:g} s by {value['model']}, {value['threads']} thread, "
+        f"{len(value['problems'])} problems ({value['machine']['cpu']}, {_when(value['machine'])})."
+    )
+    return _parts((_wrapped(text), "\n".join(rows)))
+
+
+def ablations_section() -> str:
+    """The paper's tables beside ours."""
+    return ablation_report.report(result("ablations")).strip()
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "decode-first": decode_first_section,
     "decode": decode_section,
@@ -189,6 +252,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "best-of-n": best_of_n_section,
     "retrieval": retrieval_section,
     "retrieval-aligned": retrieval_aligned_section,
+    "ablations": ablations_section,
+    "studies": studies_section,
+    "thousand": thousand_section,
 }
 
 

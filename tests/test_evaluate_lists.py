@@ -99,6 +99,14 @@ def test_what_is_no_list(tmp_path: Path, name: str, text: str | None, message: s
         read_list(tmp_path / name)
 
 
+def test_lists_of_shards_are_joined_first(tmp_path: Path) -> None:
+    """A folder that shards made is not taken for bare sounds, whose prompts nobody knows."""
+    folder = sounds(tmp_path / "a", [1, 2])
+    (folder / "results-1-of-2.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"holds lists of shards, such as results-1-of-2.jsonl; join them to"):
+        read_list(folder)
+
+
 def test_hashes(tmp_path: Path) -> None:
     """A list's hash is of ids, prompts and sounds: not of order, place or time, but of each byte."""
     folder = sounds(tmp_path / "a", [1, 2, 3])

@@ -63,6 +63,9 @@ def read_list(path: str | Path) -> ClipList:
         if len(listed) > 1:
             raise InputError(f"{path} has both {CLIPS} and {RESULTS}; name the file that is meant")
         if not listed:
+            shard = next(path.glob("results-*-of-*.jsonl"), None)
+            if shard is not None:
+                raise InputError(f"{path} holds lists of shards, such as {shard.name}; join them to {path / RESULTS}")
             return ClipList(path, _folder(path))
         path = listed[0]
     if path.name == CLIPS and path.is_file():
