@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ablation_tables import COLUMNS, ITG, TABLES, Row
+from ablation_tables import ABSENT, COLUMNS, ITG, TABLES, Row
 
 from siren.errors import InputError
 
@@ -42,7 +42,7 @@ def about(value: dict[str, Any]) -> str:
         f"{scale['learning_rate']:g}; alignment {scale['align_steps']} steps of 64 rollouts. Judged on "
         f"{value['clips']} held-out clips: loss, and one sound for the first caption of each, temperature "
         f"{scale['temperature']:g}, guidance {scale['guidance_scale']:g}. Seeds: {seeds}. Training took "
-        f"{minutes:.0f} minutes of one thread in all ({machine['cpu']}, {machine['cores']} cores, "
+        f"{minutes:.0f} minutes of one thread in all, beside other work ({machine['cpu']}, {machine['cores']} cores, "
         f"torch {machine['torch']}, {machine['date'][:10]}, commit {machine['commit']})."
     )
     names = ", ".join(value["embeddings"].values())
@@ -71,9 +71,11 @@ def verdict(value: dict[str, Any], column: str, place: int, rows: Sequence[Row])
     """One sentence: is the paper's order found?
 
     Two rows are told apart if their intervals do not overlap in any seed, in the same direction each time. A row that
-    the paper could not generate with counts as its worst; two such rows say nothing about each other.
+    the paper could not generate with counts as its worst; two such rows say nothing about each other, and a row without
+    a figure of the paper is left out.
     """
     less, label = COLUMNS[column]
+    rows = [row for row in rows if row.paper[place] != ABSENT]
     same = other = open_ = 0
     for a, b in itertools.combinations(rows, 2):
         expected = _compare(_worst(a.paper[place], less), _worst(b.paper[place], less))
@@ -128,7 +130,8 @@ def draw(value: dict[str, Any]) -> bytes:
             panel.set_axis_off()
         for i, (panel, column) in enumerate(zip(line, columns, strict=False)):
             less, label = COLUMNS[column]
-            ordered = sorted(rows, key=lambda row: _worst(row.paper[i], less), reverse=not less)
+            known = [row for row in rows if row.paper[i] != ABSENT]
+            ordered = sorted(known, key=lambda row: _worst(row.paper[i], less), reverse=not less)
             for y, row in enumerate(ordered):
                 for j, figure in enumerate(figures(value, row.arm, label)):
                     height = y + 0.12 * j
@@ -139,11 +142,12 @@ def draw(value: dict[str, Any]) -> bytes:
             )
             panel.set_ylim(len(ordered) - 0.5, -0.5)
             panel.tick_params(axis="x", labelsize=6)
-            arrow = "less is better" if less else "more is better"
-            panel.set_title(f"table {number}, {column}: {label}, {arrow}", fontsize=6.5, loc="left")
+            better = "\u2190 better" if less else "better \u2192"
+            panel.set_title(f"{number}: {column} / {label}, {better}", fontsize=6.5, loc="left")
             panel.spines[["top", "right"]].set_visible(False)
     canvas.supxlabel(
-        "labels: row and the paper's figure, the paper's best on top; dots: seeds, with 95% intervals", fontsize=7
+        "titles: table, the paper's column / ours; labels: row and the paper's figure, its best on top; intervals: 95%",
+        fontsize=7,
     )
     file = io.BytesIO()
     canvas.savefig(file, format="png")

@@ -18,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablations
 from ablation_arms import ARMS, Arm, config_of
 from ablation_report import draw, interval, report, verdict
-from ablation_tables import COLUMNS, ITG, TABLES, Row
+from ablation_tables import ABSENT, COLUMNS, ITG, TABLES, Row
 
 from siren.cli import main as siren_command
 from siren.errors import InputError
@@ -129,6 +129,12 @@ def test_two_failures_of_the_paper_are_no_pair() -> None:
     value = made_up(a=[figure(1)], b=[figure(2)])
     rows = (Row("x", "a", (ITG,)), Row("y", "b", (ITG,)))
     assert "of 0 pairs" in verdict(value, "FD", 0, rows)
+
+
+def test_a_row_without_a_figure_of_the_paper_is_left_out() -> None:
+    value = made_up(a=[figure(1)], b=[figure(2)], c=[figure(0)])
+    text = verdict(value, "FD", 0, (*ROWS[:2], Row("third", "c", (ABSENT,))))
+    assert "here first, second (best first), the paper's order; of 1 pairs 1 are" in text.replace("\n", " ")
 
 
 def test_the_report_and_the_picture() -> None:

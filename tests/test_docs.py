@@ -45,7 +45,7 @@ def anchors(page: Path) -> set[str]:
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of every command: the lines of command blocks, and code in the text that begins like one."""
     for block in blocks(page, ""):
-        for line in filter(None, block.splitlines()):
+        for line in filter(None, block.replace("\\\n", " ").splitlines()):
             yield shlex.split(line, comments=True)
     for code in re.findall(r"`([^`]+)`", prose(page)):
         words = code.split()
