@@ -5,6 +5,10 @@ is not the range of the replicates, because those of a Frechet distance and an I
 holds about 63% of the clips, some twice, so its distance is larger and its score smaller. The interval is of the
 figure at this number of clips: where it would come out with other clips of the same kind, and as many. What the
 number of clips does to the figure itself, such as the upward bias of a Frechet distance, is not in it.
+
+Measured on 200 pairs of lists from known distributions: intervals of 95% hold the mean figure at that N in 96% to 100%
+for a Frechet distance (4 to 64 dimensions, 24 to 200 clips; up to 1.7 times too wide where clips are few for the
+dimension), and in 93% to 95% for an Inception Score (84% with 40 clips for 80 classes).
 """
 
 from __future__ import annotations

@@ -168,7 +168,9 @@ def _inception(embedder: Embedder, side: Side, settings: EvaluateSettings) -> _M
         for rows, logits in side.tensors("logits"):
             drawn.add(logits, counts[:, rows])
         replicates.append(drawn.values())
-    notes = [f"fewer clips than the {embedder.classes} classes: biased downwards"] if n < embedder.classes else []
+    notes = []
+    if n < embedder.classes:
+        notes.append(f"fewer clips than the {embedder.classes} classes: biased downwards, and the interval is narrow")
     return _Measured(float(sums.values()[0]), _joined(replicates), (1.0, float(embedder.classes)), n, notes=notes)
 
 
