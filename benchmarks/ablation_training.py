@@ -15,14 +15,13 @@ from ablation_arms import ARMS, config_of
 
 from siren.align import align
 from siren.align.settings import AlignSettings
-from siren.checkpoint import save_checkpoint
 from siren.codec import Codec
 from siren.config import SirenConfig
 from siren.data.delay import delay_tokens
 from siren.data.tokens import open_tokens
 from siren.expert import Expert
+from siren.studies.task_vectors import make_initial
 from siren.train import TrainSettings, train
-from siren.train.batches import weight_seed
 from siren.train.logs import METRICS
 
 
@@ -76,12 +75,7 @@ def common_start(scale: Scale, arm: str) -> Path:
     """A checkpoint whose experts all hold the same random weights, made once."""
     folder, config = folder_of(scale, arm) / "start", arm_config(scale, arm)
     if not folder.exists():
-        with torch.random.fork_rng([]):
-            torch.manual_seed(weight_seed(scale.seed, 0))
-            expert = Expert(config, 0)
-        expert.set_decode_embeddings(Codec.from_pretrained(scale.codec).decode_embeddings())
-        starts = range(0, config.num_codebooks, config.codes_per_expert)
-        save_checkpoint(folder, config, ((start, expert.state_dict()) for start in starts), scale.codec, "minilm")
+        make_initial(folder, config, scale.codec, scale.seed, "minilm")
     return folder
 
 

@@ -279,12 +279,12 @@ def test_task_vectors_of_runs(tmp_path: Path) -> None:
     """An ordinary run's experts start apart from weights that are drawn again: those of update 0. A run from
     `make_initial` starts from one point; its states are those that were trained."""
     inputs = make_data(tmp_path)
-    plain = settings(inputs, tmp_path / "plain", experts=[0, 2], max_steps=4, save_every=2, learning_rate=0.0)
+    plain = settings(inputs, tmp_path / "plain", experts=[0, 2], max_steps=4, save_every=2, learning_rate=1e-12)
     train(plain)
     found = task_vectors(tmp_path / "plain")
     assert not found.same_start and found.experts == [0, 8]
     assert (found.steps, found.early_steps) == ([4, 4], [2, 2])
-    assert all(layer.change == 0 for layer in found.layers)  # a rate of 0: nothing moved from what was drawn
+    assert all(layer.change < 1e-6 for layer in found.layers)  # hardly a rate: nothing moved from what was drawn
 
     make_initial(tmp_path / "initial", TINY, inputs["codec"], seed=3, prompt_encoder="minilm")
     files = [load_file(entry.path) for entry in read_manifest(tmp_path / "initial").experts]
