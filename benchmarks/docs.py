@@ -26,6 +26,8 @@ import retrieval_report
 import train
 import train_report
 
+from siren.evaluate import compare
+
 ROOT = Path(__file__).parent.parent
 _MARKED = re.compile(r"<!-- ([a-z0-9-]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
 _LOOSE = re.compile(r"<!-- (/?[a-z0-9-]+) -->")
@@ -235,6 +237,14 @@ def thousand_section() -> str:
     return _parts((_wrapped(text), "\n".join(rows)))
 
 
+def evaluation_section() -> str:
+    """siren-mini beside a model of the ablations, on the same captions and references."""
+    names = {"siren-mini": "evaluation-siren-mini", "6-2 of the ablations": "evaluation-6-2"}
+    text = compare.table([result(file) | {"path": name} for name, file in names.items()]).strip()
+    table, notes = text.split("\n\n", 1)
+    return f"{table}\n\n" + "\n".join(_wrapped(line).replace("\n", "\n  ") for line in notes.splitlines())
+
+
 def ablations_section() -> str:
     """The paper's tables beside ours."""
     return ablation_report.report(result("ablations")).strip()
@@ -255,6 +265,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "ablations": ablations_section,
     "studies": studies_section,
     "thousand": thousand_section,
+    "evaluation": evaluation_section,
 }
 
 
